@@ -1,0 +1,190 @@
+"""Options of an adapter: one frozen dataclass, checked when it is made, saved as JSON."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .ops.orthogonality_penalty import KINDS as PENALTIES
+
+HYPERNETS = ("bert", "mlp", "cnn", "direct")
+UPDATES = ("anchor", "replace", "residual")
+ALLOCATIONS = ("sensitivity", "ema", "magnitude")
+SCHEDULES = ("fixed", "cubic")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HALConfig:
+    """What `patch_model` needs to know. Unknown or impossible values raise at once.
+
+    Attributes:
+        rank: target average rank; the budget is rank × number of layers. The paper uses 3.
+        init_rank: rank every layer starts with; None means ⌈1.5 · rank⌉ (AdaLoRA's proportion),
+            but not more than the narrowest layer allows. Equal to `rank`: nothing is ever pruned.
+        targets: layers to adapt, as PEFT's target_modules: a list of names or name endings, a
+            regular expression for whole names, or "all-linear" (every linear layer except the
+            output head and `modules_to_save`).
+        exclude: list of names or endings, or a regular expression, left out of `targets`.
+        modules_to_save: names or endings of modules trained in full and saved with the adapter.
+        hypernet: generator of the factors: "bert" (the paper's), "mlp", "cnn" (its ablation), or
+            "direct": P, Λ, Q are the parameters themselves (AdaLoRA).
+        update: how a hypernetwork's output becomes the factors: "anchor" adds it to the initial
+            factors (starts as the identity), "replace" takes it as it is (the paper's literal
+            rule), "residual" adds it to the last factors. Unused by "direct".
+        alpha: scaling s = alpha / rank, constant while pruning goes on.
+        dropout: probability of dropping an element of a layer's input, on the adapter's path only.
+        gamma: weight of the orthogonality penalty in a training loss [eq. 7].
+        penalty: "squared" [eq. 7] or "frobenius" (PEFT's form).
+        allocation: score that decides what is pruned: "sensitivity" |σ·∇σ| [eq. 9], "ema"
+            (AdaLoRA's smoothed sensitivity × uncertainty), "magnitude" |σ|.
+        schedule: "fixed" prunes `prune_per_interval` directions every `interval` steps until the
+            budget is met; "cubic" is AdaLoRA's, with `tinit`, `tfinal` and `total_step`.
+        interval: optimizer steps between two allocations (ΔT).
+        prune_per_interval: directions pruned at a time under "fixed"; None means a tenth of the
+            surplus over the budget, so that ten intervals meet it.
+        tinit: "cubic": steps before the first allocation.
+        tfinal: "cubic": steps after the last allocation.
+        total_step: "cubic": all optimizer steps of the run.
+        beta1, beta2: "ema": decay of the smoothed sensitivity and of its uncertainty.
+        dtype: of factors and hypernetworks.
+        seed: of their initial values; None draws from torch's global generator.
+        skip_nonfinite: an optimizer step whose gradients hold NaN or Inf is skipped as a whole, as
+            torch.amp.GradScaler does. Costs one host synchronisation a step on a GPU.
+    """
+
+    rank: int = 3
+    init_rank: int | None = None
+    targets: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] = ("classifier", "score", "qa_outputs")
+    hypernet: str = "bert"
+    update: str = "anchor"
+    alpha: float = 8.0
+    dropout: float = 0.0
+    gamma: float = 0.1
+    penalty: str = "squared"
+    allocation: str = "sensitivity"
+    schedule: str = "fixed"
+    interval: int = 100
+    prune_per_interval: int | None = None
+    tinit: int = 0
+    tfinal: int = 0
+    total_step: int | None = None
+    beta1: float = 0.85
+    beta2: float = 0.85
+    dtype: torch.dtype = torch.float32
+    seed: int | None = None
+    skip_nonfinite: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude", "modules_to_save"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        _expect_int("rank", self.rank, 1)
+        if self.init_rank is not None:
+            _expect_int("init_rank", self.init_rank, 1)
+            if self.init_rank < self.rank:
+                raise ValueError(
+                    f"init_rank is {self.init_rank}, expected at least rank = {self.rank}: "
+                    "ranks only shrink (init_rank = rank prunes nothing)"
+                )
+        _expect_choice("hypernet", self.hypernet, HYPERNETS)
+        _expect_choice("update", self.update, UPDATES)
+        _expect_choice("penalty", self.penalty, PENALTIES)
+        _expect_choice("allocation", self.allocation, ALLOCATIONS)
+        _expect_choice("schedule", self.schedule, SCHEDULES)
+        _expect_number("alpha", self.alpha, above=0.0)
+        _expect_number("gamma", self.gamma, least=0.0)
+        _expect_number("dropout", self.dropout, least=0.0, below=1.0)
+        _expect_number("beta1", self.beta1, above=0.0, below=1.0)
+        _expect_number("beta2", self.beta2, above=0.0, below=1.0)
+        _expect_int("interval", self.interval, 1)
+        _expect_int("tinit", self.tinit, 0)
+        _expect_int("tfinal", self.tfinal, 0)
+        if self.prune_per_interval is not None:
+            _expect_int("prune_per_interval", self.prune_per_interval, 1)
+        if self.total_step is not None:
+            _expect_int("total_step", self.total_step, 1)
+        if self.schedule == "cubic" and self.total_step is None:
+            raise ValueError('total_step is None, expected a number of steps (schedule="cubic")')
+        if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
+            raise ValueError(
+                f"tinit is {self.tinit}, expected less than total_step - tfinal = "
+                f"{self.total_step - self.tfinal}: nothing could be allocated"
+            )
+        if self.seed is not None:
+            _expect_int("seed", self.seed, 0)
+        if self.dtype not in DTYPES.values():
+            raise ValueError(f"dtype is {self.dtype}, expected one of {list(DTYPES.values())}")
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / rank."""
+        return self.alpha / self.rank
+
+    def with_init_rank(self, narrowest: int) -> "HALConfig":
+        """This configuration with `init_rank` settled for a model whose narrowest side is given."""
+        if self.rank > narrowest:
+            raise ValueError(
+                f"rank is {self.rank}, expected at most {narrowest} (the narrowest side of a layer)"
+            )
+        init_rank = self.init_rank
+        if init_rank is None:
+            init_rank = min(math.ceil(1.5 * self.rank), narrowest)
+        if init_rank > narrowest:
+            raise ValueError(
+                f"init_rank is {init_rank}, expected at most {narrowest} "
+                "(the narrowest side of a layer)"
+            )
+        return dataclasses.replace(self, init_rank=init_rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON holds; `from_dict` is the inverse."""
+        values = dataclasses.asdict(self)
+        values["dtype"] = str(self.dtype).removeprefix("torch.")
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "HALConfig":
+        """Rebuild from `to_dict`'s values. Unknown names raise ValueError."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"config has unknown options {unknown}")
+        values = dict(values)
+        if isinstance(values.get("dtype"), str):
+            if values["dtype"] not in DTYPES:
+                raise ValueError(f"dtype is {values['dtype']!r}, expected one of {list(DTYPES)}")
+            values["dtype"] = DTYPES[values["dtype"]]
+        return cls(**values)
+
+
+def _expect_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, expected an int")
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected at least {least}")
+
+
+def _expect_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    if not (value >= least and value > above and value < below):
+        lower = f"at least {least:g}" if least > -math.inf else f"more than {above:g}"
+        upper = f" and less than {below:g}" if below < math.inf else ""
+        raise ValueError(f"{name} is {value}, expected {lower}{upper}")
+
+
+def _expect_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {choices}")

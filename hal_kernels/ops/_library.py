@@ -1,0 +1,82 @@
+"""How every operator of this package is registered with torch.library.
+
+An operator's file calls `define` once with its schema and its three device-independent parts. The
+default implementation, in plain PyTorch, sits under CompositeExplicitAutograd and so serves every
+device; a faster backend registers the same operator under its own dispatch key (``CPU`` for csrc,
+``CUDA`` for Triton), which the dispatcher prefers. Nothing else has to change for it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "hal"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    default: Callable[..., Any],
+    fake: Callable[..., Any] | None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Register one operator: schema, default backend, shape function and gradient.
+
+    Args:
+        schema: what ``Library.define`` takes, e.g. ``"name(Tensor x) -> Tensor"``.
+        default: implementation for every device, run below autograd.
+        fake: returns empty outputs from input shapes; None for operators that return nothing.
+        setup_context, backward: as for `torch.library.register_autograd`. Operators that *are* a
+            gradient, or that only update state, pass none: differentiating through them raises.
+    """
+    name = schema.split("(", 1)[0]
+    qualified = f"{NAMESPACE}::{name}"
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake or (lambda *args: None), lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=_LIBRARY
+        )
+    elif fake is not None:
+        torch.library.register_autograd(qualified, _no_gradient(name), lib=_LIBRARY)
+
+
+def _no_gradient(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} has no derivative: double backward is not supported here"
+        )
+
+    return backward
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float32 for storage types of 16 bits, else `dtype` itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...], why: str) -> None:
+    """Raise ValueError naming the argument unless ``tensor.shape == expected``."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected} ({why})")
+
+
+def expect_floating(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError naming the argument unless it is a real floating-point tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating-point dtype")
+
+
+def expect_same_device(reference: str, like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError naming the first tensor that is not on ``like``'s device."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, expected {like.device} (the device of {reference})"
+            )

@@ -1,0 +1,300 @@
+"""The SVD adapter added to the output of any base layer.
+
+    h = xP,   out = y + s·(h ⊙ Λ)Q
+
+for base layers whose GEMM is not ours to run (quantized, sparse or foreign). With u = dout·Qᵀ:
+
+    dy = dout            dx = s·(u ⊙ Λ)Pᵀ          dΛ = s·Σ_t h ⊙ u
+    dP = s·xᵀ(u ⊙ Λ)     dQ = s·(h ⊙ Λ)ᵀ dout
+
+Λ here is the effective one, Λ⊙mask, so its gradient is dΛ_eff: what the allocator scores pruned
+directions with. `svd_linear` shares `shrink`, `expand_` and `adapter_gradients` with this file.
+
+Backends: default (plain PyTorch, every device).
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from ._library import (
+    accumulation_dtype,
+    define,
+    expect_floating,
+    expect_same_device,
+    expect_shape,
+)
+from .dropout import draw_seed, keep_blocks
+
+
+def svd_adapter_add(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``y + scaling · (dropout(x)·P ⊙ (Λ⊙mask)) Q``.
+
+    Args:
+        y: base layer's output ``[..., d_out]``, floating point.
+        x: its input ``[..., d_in]``, same leading dimensions; cast to y's dtype if they differ.
+        p: ``[r, d_in]``, one singular direction a row (Pᵀ). Any float dtype; gradients keep it.
+        lam: ``[r]`` singular values. With `mask` given its gradient is dΛ_eff ⊙ mask; pass
+            ``lam * mask`` yourself to see the unmasked dΛ_eff as that tensor's gradient.
+        q: ``[r, d_out]``, one singular direction a row.
+        mask: ``[r]``, 1 keeps a direction, 0 prunes it.
+        scaling: s = alpha / rank.
+        dropout: probability of zeroing an element of x on the adapter's path, in [0, 1).
+        seed: int64 scalar naming the dropout mask; drawn from torch's generator if None.
+
+    Returns:
+        ``[..., d_out]`` in y's dtype; sums are accumulated in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    expect_floating("y", y)
+    if x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"y has leading dimensions {tuple(y.shape[:-1])}, expected {tuple(x.shape[:-1])} (x's)"
+        )
+    check_adapter(x, p, lam, q, d_in=x.shape[-1], d_out=y.shape[-1], dropout=dropout)
+    expect_same_device("x", x, y=y)
+    lam, seed = effective(x, lam, mask, dropout, seed)
+    x = x.to(y.dtype)
+    return torch.ops.hal.svd_adapter_add(y, x, p, lam, q, float(scaling), dropout, seed)[0]
+
+
+def svd_adapter_add_reference(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """The formula, differentiable by autograd, without dropout: what every backend is held to."""
+    return y + scaling * ((x @ p.t()) * lam) @ q
+
+
+def check_adapter(
+    x: torch.Tensor,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    *,
+    d_in: int,
+    d_out: int,
+    dropout: float,
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, for inputs no backend accepts."""
+    expect_floating("x", x)
+    expect_floating("p", p)
+    expect_floating("lam", lam)
+    expect_floating("q", q)
+    if x.dim() == 0:
+        raise ValueError("x has shape (), expected [..., d_in]")
+    rank = p.shape[0] if p.dim() == 2 else -1
+    expect_shape("p", p, (rank, d_in), "[r, d_in]")
+    expect_shape("lam", lam, (rank,), "[r]")
+    expect_shape("q", q, (rank, d_out), "[r, d_out]")
+    expect_same_device("x", x, p=p, lam=lam, q=q)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}, expected a probability in [0, 1)")
+
+
+def effective(
+    x: torch.Tensor,
+    lam: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Λ⊙mask, and the seed of the dropout mask (None without dropout)."""
+    if mask is not None:
+        expect_shape("mask", mask, tuple(lam.shape), "[r]")
+        lam = lam * mask
+    if dropout > 0.0 and seed is None:
+        seed = draw_seed(x.device)
+    return lam, seed if dropout > 0.0 else None
+
+
+def shrink(
+    x: torch.Tensor, p: torch.Tensor, dropout: float, seed: torch.Tensor | None
+) -> torch.Tensor:
+    """h = dropout(x)·P, ``[T, r]`` in the accumulation dtype."""
+    p = p.to(x.dtype).t()
+    if seed is None:
+        return (x @ p).to(accumulation_dtype(x.dtype))
+    h = x.new_empty(x.shape[0], p.shape[1], dtype=accumulation_dtype(x.dtype))
+    for rows, keep in keep_blocks(x, dropout, seed):
+        h[rows] = keep.mul_(x[rows]) @ p
+    return h
+
+
+def expand_(
+    y: torch.Tensor, h: torch.Tensor, lam: torch.Tensor, q: torch.Tensor, scaling: float
+) -> None:
+    """y += s·(h ⊙ Λ)Q in place, ``[T, d_out]``."""
+    y.addmm_((h * (lam.to(h.dtype) * scaling)).to(y.dtype), q.to(y.dtype))
+
+
+def adapter_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    needs_factors: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dP, dΛ_eff, dQ) from dy and x ``[T, d]``; adds the adapter's part to `dx` unless None.
+
+    Without `needs_factors` the three are empty: only `dx` is computed.
+    """
+    dtype = x.dtype
+    scaled = lam.to(h.dtype) * scaling
+    u = (dy @ q.to(dtype).t()).to(h.dtype)
+    ul = (u * scaled).to(dtype)
+    if seed is None:
+        if dx is not None:
+            dx.addmm_(ul, p.to(dtype))
+        dp = ul.t() @ x if needs_factors else None
+    else:
+        dp = torch.zeros_like(p, dtype=h.dtype)
+        for rows, keep in keep_blocks(x, dropout, seed):
+            if dx is not None:
+                dx[rows] += keep * (ul[rows] @ p.to(dtype))
+            if needs_factors:
+                dp += ul[rows].t() @ keep.mul_(x[rows])
+    if not needs_factors or dp is None:
+        return p.new_empty(0), lam.new_empty(0), q.new_empty(0)
+    dlam = (h * u).sum(0).mul_(scaling)
+    dq = (h * scaled).to(dtype).t() @ dy
+    return dp.to(p.dtype), dlam.to(lam.dtype), dq.to(q.dtype)
+
+
+def factor_gradient_shapes(
+    p: torch.Tensor, lam: torch.Tensor, q: torch.Tensor, needs_factors: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Empty outputs of `adapter_gradients`, for shape functions."""
+    if needs_factors:
+        return p.new_empty(p.shape), lam.new_empty(lam.shape), q.new_empty(q.shape)
+    return p.new_empty(0), lam.new_empty(0), q.new_empty(0)
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """``[..., d]`` as ``[T, d]``: a view where x's strides allow one."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _forward(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    h = shrink(flat(x), p, dropout, seed)
+    out = y.clone(memory_format=torch.contiguous_format)
+    expand_(flat(out), h, lam, q, scaling)
+    return out, h
+
+
+def _forward_fake(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    h = x.new_empty(math.prod(x.shape[:-1]), p.shape[0], dtype=accumulation_dtype(x.dtype))
+    return y.new_empty(y.shape), h
+
+
+def _backward_default(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+    needs_dx: bool,
+    needs_factors: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = x.new_zeros(x.shape) if needs_dx else None
+    dp, dlam, dq = adapter_gradients(
+        flat(dout), flat(x), h, p, lam, q, scaling, dropout, seed,
+        None if dx is None else flat(dx), needs_factors,
+    )  # fmt: skip
+    return x.new_empty(0) if dx is None else dx, dp, dlam, dq
+
+
+def _backward_fake(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+    needs_dx: bool,
+    needs_factors: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
+    return dx, *factor_gradient_shapes(p, lam, q, needs_factors)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, x, p, lam, q, ctx.scaling, ctx.dropout, seed = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], p, lam, q, seed)
+
+
+def _autograd_backward(ctx: Any, dout: torch.Tensor, _dh: torch.Tensor) -> tuple[Any, ...]:
+    x, h, p, lam, q, seed = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dx, dp, dlam, dq = torch.ops.hal.svd_adapter_add_backward(
+        dout, x, h, p, lam, q, ctx.scaling, ctx.dropout, seed, needs[1], any(needs[2:5])
+    )
+    factors = (dp, dlam, dq) if any(needs[2:5]) else (None, None, None)
+    return dout, dx if needs[1] else None, *factors, None, None, None
+
+
+define(
+    "svd_adapter_add(Tensor y, Tensor x, Tensor p, Tensor lam, Tensor q, float scaling,"
+    " float dropout, Tensor? seed) -> (Tensor, Tensor)",
+    default=_forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd_backward,
+)
+define(
+    "svd_adapter_add_backward(Tensor dout, Tensor x, Tensor h, Tensor p, Tensor lam, Tensor q,"
+    " float scaling, float dropout, Tensor? seed, bool needs_dx, bool needs_factors)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    default=_backward_default,
+    fake=_backward_fake,
+)

@@ -1,0 +1,216 @@
+"""The SVD linear layer: frozen linear layer and SVD adapter in one operator.
+
+    h = xP,   y = xWᵀ + b + s·(h ⊙ Λ)Q
+
+Λ is the effective one, Λ⊙mask. Gradients, with u = dy·Qᵀ:
+
+    dx = dy·W + s·(u ⊙ Λ)Pᵀ      dP = s·xᵀ(u ⊙ Λ)
+    dΛ = s·Σ_t h ⊙ u             dQ = s·(h ⊙ Λ)ᵀ dy
+
+The gradient of Λ is dΛ_eff, unmasked: what the allocator scores pruned directions with. Saved for
+backward: x, h and the factors; no ``[T, d]`` temporary exists beside y (forward) and dx (backward).
+
+Backends: default (plain PyTorch, every device). The base GEMM is the vendor library's, and the
+low-rank product accumulates into its output.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ._library import accumulation_dtype, define, expect_floating, expect_same_device, expect_shape
+from .svd_adapter_add import (
+    adapter_gradients,
+    check_adapter,
+    effective,
+    expand_,
+    factor_gradient_shapes,
+    flat,
+    shrink,
+)
+
+
+def svd_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x·Wᵀ + b + scaling · (dropout(x)·P ⊙ (Λ⊙mask)) Q``.
+
+    Args:
+        x: ``[..., d_in]``, float32/bfloat16/float16/float64. Any strides, any leading dimensions.
+        weight: ``[d_out, d_in]``, x's dtype. A transposed view (Conv1D) is as good.
+        bias: ``[d_out]`` or None, x's dtype.
+        p: ``[r, d_in]``, one singular direction a row (Pᵀ). Any float dtype; gradients keep it.
+        lam: ``[r]`` singular values. With `mask` given its gradient is dΛ_eff ⊙ mask; pass
+            ``lam * mask`` yourself to see the unmasked dΛ_eff as that tensor's gradient.
+        q: ``[r, d_out]``, one singular direction a row.
+        mask: ``[r]``, 1 keeps a direction, 0 prunes it.
+        scaling: s = alpha / rank.
+        dropout: probability of zeroing an element of x on the adapter's path, in [0, 1).
+        seed: int64 scalar naming the dropout mask; drawn from torch's generator if None.
+
+    Under `torch.autocast`, x, weight and bias are cast to its dtype as for ``F.linear``.
+
+    Returns:
+        ``[..., d_out]`` in x's dtype; sums are accumulated in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    expect_floating("x", x)
+    expect_floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [d_out, d_in]")
+    d_out, d_in = weight.shape
+    if x.dim() == 0 or x.shape[-1] != d_in:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected [..., {d_in}] (weight is [{d_out}, {d_in}])"
+        )
+    if bias is not None:
+        expect_shape("bias", bias, (d_out,), "[d_out]")
+    check_adapter(x, p, lam, q, d_in=d_in, d_out=d_out, dropout=dropout)
+    expect_same_device("x", x, weight=weight, bias=bias)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise TypeError(
+            f"x has dtype {x.dtype}, weight {weight.dtype}"
+            + ("" if bias is None else f", bias {bias.dtype}")
+            + ": expected one dtype (cast x, or use torch.autocast)"
+        )
+    lam, seed = effective(x, lam, mask, dropout, seed)
+    return torch.ops.hal.svd_linear(x, weight, bias, p, lam, q, float(scaling), dropout, seed)[0]
+
+
+def svd_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """The formula, differentiable by autograd, without dropout: what every backend is held to."""
+    return F.linear(x, weight, bias) + scaling * ((x @ p.t()) * lam) @ q
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = flat(x)
+    y = F.linear(rows, weight, bias)
+    h = shrink(rows, p, dropout, seed)
+    expand_(y, h, lam, q, scaling)
+    return y.view(*x.shape[:-1], weight.shape[0]), h
+
+
+def _forward_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    h = x.new_empty(math.prod(x.shape[:-1]), p.shape[0], dtype=accumulation_dtype(x.dtype))
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), h
+
+
+def _backward_default(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+    needs_dx: bool,
+    needs_factors: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy = flat(dy)
+    dx = dy @ weight if needs_dx else None
+    dp, dlam, dq = adapter_gradients(
+        dy, flat(x), h, p, lam, q, scaling, dropout, seed, dx, needs_factors
+    )
+    return x.new_empty(0) if dx is None else dx.view(x.shape), dp, dlam, dq
+
+
+def _backward_fake(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+    needs_dx: bool,
+    needs_factors: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
+    return dx, *factor_gradient_shapes(p, lam, q, needs_factors)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, weight, _, p, lam, q, ctx.scaling, ctx.dropout, seed = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], weight, p, lam, q, seed)
+
+
+def _autograd_backward(ctx: Any, dy: torch.Tensor, _dh: torch.Tensor) -> tuple[Any, ...]:
+    x, h, weight, p, lam, q, seed = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dx, dp, dlam, dq = torch.ops.hal.svd_linear_backward(
+        dy, x, h, weight, p, lam, q, ctx.scaling, ctx.dropout, seed, needs[0], any(needs[3:6])
+    )
+    dweight = flat(dy).t() @ flat(x) if needs[1] else None
+    dbias = flat(dy).sum(0) if needs[2] else None
+    factors = (dp, dlam, dq) if any(needs[3:6]) else (None, None, None)
+    return dx if needs[0] else None, dweight, dbias, *factors, None, None, None
+
+
+define(
+    "svd_linear(Tensor x, Tensor weight, Tensor? bias, Tensor p, Tensor lam, Tensor q,"
+    " float scaling, float dropout, Tensor? seed) -> (Tensor, Tensor)",
+    default=_forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd_backward,
+)
+define(
+    "svd_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor p, Tensor lam,"
+    " Tensor q, float scaling, float dropout, Tensor? seed, bool needs_dx, bool needs_factors)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    default=_backward_default,
+    fake=_backward_fake,
+)
