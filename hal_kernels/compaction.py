@@ -1,0 +1,69 @@
+"""`compact`: drop pruned directions for good."""
+
+import torch
+from torch import nn
+
+from .nn.adapter import HyperAdapter, replace_data
+from .nn.allocation import last_allocation
+from .patching import find_adapter
+
+
+@torch.no_grad()
+def compact(model: nn.Module) -> nn.Module:
+    """Remove pruned directions from factors, hypernetworks, scores and optimizer state, in place.
+
+    The model computes the same function with smaller factors: a layer of which everything was
+    pruned costs nothing beyond its base layer. Parameters stay the same objects, and the state of
+    every optimizer that has stepped them is cut alike, so training goes on (wrap a model in
+    DistributedDataParallel anew). Waits for the device once.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError: `model` is no module or not patched; "direct" under the cubic
+            schedule before its last allocation, while pruned directions may still come back.
+    """
+    adapter = find_adapter(model)
+    end = last_allocation(adapter.config, len(adapter.layout.layers))
+    if adapter.config.schedule == "cubic" and adapter.steps < end:
+        raise ValueError(
+            f"compact: the cubic schedule is still allocating (step {adapter.steps} of "
+            f"{end}), pruned directions may come back"
+        )
+    kept = adapter.mask > 0
+    if bool(kept.all()):
+        return model
+    layout = adapter.layout
+    ranks = [int(mask.sum()) for mask in kept.cpu().split(layout.ranks)]
+    if sum(ranks) == 0:
+        raise ValueError("compact: every direction is pruned, nothing would be left")
+    by_order = {"p": kept[adapter.rows_p], "lam": kept, "q": kept[adapter.rows_q]}
+    prefixes = ["", "anchor_", "importance_", "uncertainty_"]
+    for prefix in [p for p in prefixes if hasattr(adapter, f"{p}lam")]:
+        packed = adapter.packed(prefix)
+        for tensors, side, groups in (
+            (packed.p, "p", layout.p.groups),
+            (packed.q, "q", layout.q.groups),
+        ):
+            rows = by_order[side].split([group.rows for group in groups])
+            for tensor, keep in zip(tensors, rows, strict=True):
+                _keep_rows(adapter, tensor, keep)
+        _keep_rows(adapter, packed.lam, kept)
+    if adapter.hypernet is not None:
+        _keep_rows(adapter, adapter.hypernet.lam_embedding, kept)
+    _keep_rows(adapter, adapter.mask, kept)
+    adapter.set_layout(layout.with_ranks(ranks))
+    return model
+
+
+def _keep_rows(adapter: HyperAdapter, tensor: torch.Tensor, keep: torch.Tensor) -> None:
+    """Cut a parameter or buffer, its gradient and its optimizers' state to the rows in `keep`."""
+    shape, gradient = tensor.shape, tensor.grad
+    replace_data(tensor, tensor.data[keep])
+    if gradient is not None:
+        tensor.grad = gradient[keep]
+    for optimizer in adapter.known_optimizers():
+        for key, value in optimizer.state.get(tensor, {}).items():
+            if isinstance(value, torch.Tensor) and value.shape == shape:
+                optimizer.state[tensor][key] = value[keep]

@@ -1,0 +1,83 @@
+"""`export_lora`: the adapter as a plain PEFT LoRA adapter.
+
+PEFT computes ΔW = lora_B · lora_A · alpha / r. Here lora_A = the kept rows of Pᵀ, lora_B = s·QᵀΛ,
+and alpha = r for every layer, so any reader of PEFT's format gets the same ΔW.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from .checkpoint import write_atomically
+from .introspection import factors
+from .patching import adapted_layers, find_adapter, owner_of, saved_modules
+from .targets import is_conv1d_class
+
+PREFIX = "base_model.model."
+
+
+def export_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into the folder `path`.
+
+    Pruned directions are left out; every layer has the rank it keeps (PEFT's rank_pattern), and
+    layers that keep none are no targets. Modules trained in full go along as modules_to_save.
+
+    Args:
+        model: a patched model.
+        base_model_name_or_path: for the config; None takes the model's own ``name_or_path``.
+        task_type: PEFT's task type, such as "SEQ_CLS" or "CAUSAL_LM"; None leaves it open.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, not patched, or every direction is pruned.
+        OSError: can't write there.
+    """
+    owner, config = owner_of(model), find_adapter(model).config
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, f in factors(owner).items():
+        kept = f.mask > 0
+        if not kept.any():
+            continue
+        ranks[name] = int(kept.sum())
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = f.p.t()[kept]
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = (f.q[kept] * (f.scaling * f.lam[kept, None])).t()
+    if not ranks:
+        raise ValueError("export_lora: every direction is pruned, there is nothing to export")
+    for name, module in saved_modules(owner):
+        tensors |= {f"{PREFIX}{name}.{key}": v for key, v in module.state_dict().items()}
+    if base_model_name_or_path is None:
+        base_model_name_or_path = getattr(owner, "name_or_path", None) or None
+    layers = adapted_layers(owner)
+    largest = max(ranks.values())
+    # PEFT reads pattern keys as regular expressions that match a name's end.
+    pattern = {f"^{name.replace('.', chr(92) + '.')}": rank for name, rank in ranks.items()}
+    header = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model_name_or_path,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "lora_dropout": config.dropout,
+        "bias": "none",
+        "fan_in_fan_out": any(is_conv1d_class(layers[name]) for name in ranks),
+        "target_modules": list(ranks),
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "modules_to_save": [name for name, _ in saved_modules(owner)] or None,
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
+    write_atomically(folder / "adapter_model.safetensors", data)
+    write_atomically(folder / "adapter_config.json", json.dumps(header, indent=2).encode())

@@ -1,0 +1,95 @@
+"""What an adapter holds: its factors, ranks and penalty; and `step` for foreign optimizers."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .nn.linear import HALLinear
+from .patching import find_adapter
+
+
+class Factors(NamedTuple):
+    """One layer's factors: ΔW = scaling · Qᵀ diag(Λ⊙mask) Pᵀ, ``[d_out, d_in]``.
+
+    Attributes:
+        p: ``[d_in, r]``. lam: ``[r]``, before the mask. q: ``[r, d_out]``.
+        mask: ``[r]``, 1 kept, 0 pruned.
+        scaling: s = alpha / rank.
+    """
+
+    p: torch.Tensor
+    lam: torch.Tensor
+    q: torch.Tensor
+    mask: torch.Tensor
+    scaling: float
+
+    def delta(self) -> torch.Tensor:
+        """ΔW as ``[d_out, d_in]``, in the factors' dtype."""
+        return (self.q.t() * (self.scaling * self.lam * self.mask)) @ self.p.t()
+
+
+def factors(model: nn.Module) -> dict[str, Factors]:
+    """The factors every layer works with now, by layer name, detached.
+
+    With "direct" they are views of the parameters, so they can be set in place. With a hypernetwork
+    they are what it generates from the present state: read-only in effect.
+
+    Args:
+        model: a patched model (or a wrapper around one), or a single `HALLinear` (name "").
+
+    Raises:
+        TypeError, ValueError: `model` is no module, or not patched.
+    """
+    if isinstance(model, HALLinear) and model._hal is None:
+        own = (model.p.detach().t(), model.lam.detach(), model.q.detach())
+        return {"": Factors(*own, model.mask, model.scaling)}
+    adapter = find_adapter(model)
+    packed = adapter.current().factors
+    layout, scaling = adapter.layout, adapter.config.scaling
+    p, q = layout.p.split(packed.p), layout.q.split(packed.q)
+    lam, mask = packed.lam.split(layout.ranks), adapter.effective_mask.split(layout.ranks)
+    return {
+        spec.name: Factors(p[i].t(), lam[i], q[i], mask[i], scaling)
+        for i, spec in enumerate(layout.layers)
+    }
+
+
+def rank_pattern(model: nn.Module) -> dict[str, int]:
+    """How many singular directions each layer keeps, by layer name. Waits for the device.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, or not patched.
+    """
+    adapter = find_adapter(model)
+    masks = adapter.mask.cpu().split(adapter.layout.ranks)
+    return {
+        spec.name: int((mask > 0).sum())
+        for spec, mask in zip(adapter.layout.layers, masks, strict=True)
+    }
+
+
+def penalty(model: nn.Module) -> torch.Tensor:
+    """γ · orthogonality penalty [eq. 7], a scalar with gradients into the adapter.
+
+    For losses computed outside the model's forward; one that the model returns has it already.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, or not patched.
+    """
+    adapter = find_adapter(model)
+    return adapter.config.gamma * adapter.penalty()
+
+
+def step(model: nn.Module) -> None:
+    """Tell the adapter that an optimizer step was taken; gradients must still be there.
+
+    Only for engines whose optimizer is not a `torch.optim.Optimizer`: those are noticed by
+    themselves, and after one of them this does nothing.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, or not patched.
+    """
+    adapter = find_adapter(model)
+    adapter.skip_if_nonfinite(list(adapter.trained()))
+    adapter.after_optimizer_step()

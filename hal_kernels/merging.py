@@ -1,0 +1,156 @@
+"""`merge` and `unmerge`: the adapter folded into plain linear layers, and taken out again.
+`disabled`: the base model's output for a while."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .introspection import factors
+from .nn.adapter import HyperAdapter
+from .nn.linear import AdaptedLayer, is_foreign
+from .patching import (
+    adapted_layers,
+    attach,
+    detach_adapter,
+    expect_unpatched,
+    find_adapter,
+    owner_of,
+    saved_modules,
+)
+from .targets import base_weight
+
+
+class _Merged(NamedTuple):
+    adapter: HyperAdapter
+    base_weights: dict[str, torch.Tensor]  # on the CPU
+    requires_grad: dict[str, bool]
+
+
+def merge(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
+    """Add every layer's ΔW to its weight and make the layers plain again, in place.
+
+    Args:
+        model: a patched model.
+        keep_base: keep the base weights (in host memory), so that `unmerge` restores them bit for
+            bit. Without them there is no way back.
+
+    Returns:
+        The module that was patched: the same model, without the submodule ``hal``.
+
+    Raises:
+        TypeError, ValueError: `model` is no module or not patched; a layer is quantized, shares its
+            weight with another module, or its merged weight would hold NaN or Inf. The model is
+            then as it was.
+    """
+    adapter, owner = find_adapter(model), owner_of(model)
+    layers = adapted_layers(owner)
+    _expect_mergeable(owner, layers)
+    deltas = {name: f.delta() for name, f in factors(owner).items()}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            if not _merged_weight(layer, deltas[name]).isfinite().all():
+                raise ValueError(f"merge: the merged weight of {name!r} holds NaN or Inf")
+        base = {}
+        for name, layer in layers.items():
+            weight = base_weight(layer)
+            if keep_base:
+                base[name] = weight.detach().to("cpu", copy=True)
+            weight.copy_(_merged_weight(layer, deltas[name]))
+    flags = {name: p.requires_grad for name, p in owner.named_parameters()}
+    detach_adapter(owner)
+    if keep_base:
+        owner.__dict__["_hal_merged"] = _Merged(adapter, base, flags)
+    return owner
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge`: base weights bit for bit as they were, and the adapter in its place.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, holds no merged adapter, or was merged with
+            ``keep_base=False``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected torch.nn.Module")
+    owner = next((m for m in model.modules() if "_hal_merged" in m.__dict__), None)
+    if owner is None:
+        raise ValueError(
+            "model holds no merged adapter (it was never merged, or with keep_base=False)"
+        )
+    merged: _Merged = owner.__dict__.pop("_hal_merged")
+    try:
+        expect_unpatched(owner)
+    except ValueError:
+        owner.__dict__["_hal_merged"] = merged
+        raise
+    layers = {spec.name: owner.get_submodule(spec.name) for spec in merged.adapter.layout.layers}
+    device = next(iter(layers.values())).weight.device
+    attach(owner, merged.adapter.to(device=device), layers)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, layer in adapted_layers(owner).items():
+            base_weight(layer).copy_(merged.base_weights[name])
+    for name, parameter in owner.named_parameters():
+        parameter.requires_grad_(merged.requires_grad.get(name, parameter.requires_grad))
+    return owner
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model computes what the base model did, bit for bit.
+
+    Modules trained in full (`modules_to_save`) have their original tensors there, as in PEFT. The
+    adapter is back afterwards, also after an exception. Blocks may be nested.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, or not patched.
+    """
+    adapter = find_adapter(model)
+    if adapter.disabled:
+        yield model
+        return
+    trained = {}
+    adapter.disabled = True
+    try:
+        for name, module in saved_modules(model):
+            trained[name] = {k: v.detach().clone() for k, v in module.state_dict().items()}
+            _fill(module, adapter.saved_modules[name])
+        yield model
+    finally:
+        for name, module in saved_modules(model):
+            if name in trained:
+                _fill(module, trained[name])
+        adapter.disabled = False
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    for key, tensor in module.state_dict().items():
+        tensor.copy_(values[key])
+
+
+def _merged_weight(layer: AdaptedLayer, delta: torch.Tensor) -> torch.Tensor:
+    weight = base_weight(layer)
+    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+def _expect_mergeable(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(name)
+    for name, layer in layers.items():
+        if is_foreign(layer):
+            assert layer._hal is not None
+            kind = layer._hal.original_class.__name__
+            raise ValueError(
+                f"merge: {name!r} is a {kind}, whose weight can't take ΔW; export_lora it"
+            )
+        shared = owners[id(layer.weight)] - {name}
+        if shared:
+            raise ValueError(
+                f"merge: the weight of {name!r} is shared with {sorted(shared)}, which would change"
+            )

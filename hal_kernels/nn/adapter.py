@@ -1,0 +1,515 @@
+"""The adapter of one model: packed factors, hypernetworks, masks and scores of all its layers.
+
+Life of one training step
+    forward    `open_forward` generates every layer's factors once, inside autograd; each layer
+               takes its views (`layer_factors`); `close_forward` adds γ·penalty to the loss.
+    backward   gradients of all layers arrive packed (one tensor per width) and flow on into the
+               hypernetworks. The gradient of Λ_eff = Λ⊙mask is kept, unmasked, for the allocator.
+    optimizer  `before_optimizer_step` and `after_optimizer_step` (called by `stepping`) skip a
+               step with non-finite gradients, advance the state and allocate ranks.
+
+Work over all layers is a constant number of torch calls, however many layers there are.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import HALConfig
+from ..ops.orthogonality_penalty import orthogonality_penalty
+from ..ops.rank_allocation import prune_smallest, update_importance_
+from .allocation import average_over_processes, last_allocation, pruned_count
+from .hypernet import Hypernetwork
+from .layout import Layout
+from .packed import Generation, LayerFactors, Packed
+from .recompute import Gradients, Join, Recomputed, Tie
+
+# State of a pass or a step under way, with its value in between. Never saved, never copied.
+_TRANSIENT = {
+    "_live": None, "_depth": 0, "_stray": None, "_recent": None, "_cache": None,
+    "_recomputed": None, "_under_no_grad": False, "_skip": False, "_step_begins": True,
+    "_optimizers": None,
+}  # fmt: skip
+
+
+class HyperAdapter(nn.Module):
+    """Factors, hypernetworks and rank allocation of all adapted layers of one model.
+
+    `patch_model` makes one and registers it as ``model.hal``. With a hypernetwork the factors are
+    buffers and the optimizer holds the hypernetworks alone; with "direct" they are parameters.
+
+    Args:
+        config: options, `init_rank` settled.
+        layout: the adapted layers and their order.
+        device: where the layers' weights are.
+    """
+
+    lam: torch.Tensor
+    mask: torch.Tensor
+    rows_p: torch.Tensor
+    rows_q: torch.Tensor
+    offsets_p: torch.Tensor
+    offsets_lam: torch.Tensor
+    offsets_q: torch.Tensor
+
+    _live: Generation | None  # of the forward pass under way
+    _depth: int  # nested calls of the model's forward
+    _stray: tuple[Any, Generation] | None  # versions and generation: layers called by themselves
+    _cache: tuple[Any, Generation] | None  # versions and generation, without a graph
+    _recent: Packed | None  # values generated last in this step, for the state and recomputation
+    _recomputed: Recomputed | None  # in a backward pass of a checkpointed model
+    _under_no_grad: bool  # this pass's layers ran without a graph (reentrant checkpointing)
+    _skip: bool  # the optimizer step under way is being left out
+    _step_begins: bool  # the next forward is an accumulation window's first
+    _optimizers: weakref.WeakSet[torch.optim.Optimizer] | None  # that stepped our parameters
+
+    def __init__(self, config: HALConfig, layout: Layout, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.steps = 0
+        self.disabled = False
+        self.saved_modules: dict[str, dict[str, torch.Tensor]] = {}
+        """Original tensors of the modules trained in full, by module name."""
+        self.__dict__.update(_TRANSIENT)
+        with torch.random.fork_rng(devices=[], enabled=config.seed is not None):
+            if config.seed is not None:
+                torch.manual_seed(config.seed)
+            self._make_tensors(layout)
+        self.set_layout(layout)
+        self.to(device=device)
+
+    @property
+    def direct(self) -> bool:
+        """Whether P, Λ, Q are the parameters themselves (no hypernetwork)."""
+        return self.config.hypernet == "direct"
+
+    def _make_tensors(self, layout: Layout) -> None:
+        config, dtype = self.config, self.config.dtype
+        p = [_unit_rows(group.rows, group.width, dtype) for group in layout.p.groups]
+        q = [_unit_rows(group.rows, group.width, dtype) for group in layout.q.groups]
+        lam = torch.zeros(layout.rows, dtype=dtype)
+        if not self.direct and config.update == "replace":
+            lam.normal_(std=0.05)
+        initial = Packed(tuple(p), lam, tuple(q))
+        self._names = [f"p_{group.width}" for group in layout.p.groups]
+        self._names += ["lam", *(f"q_{group.width}" for group in layout.q.groups)]
+        self._count_p = len(p)
+        for name, value in zip(self._names, initial.tensors(), strict=True):
+            if self.direct:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+                if config.update == "anchor":
+                    self.register_buffer(f"anchor_{name}", value.clone())
+            if config.allocation == "ema":
+                self.register_buffer(f"importance_{name}", torch.zeros_like(value))
+                self.register_buffer(f"uncertainty_{name}", torch.zeros_like(value))
+        self.register_buffer("mask", torch.ones(layout.rows, dtype=dtype))
+        self.hypernet: Hypernetwork | None = None
+        if not self.direct:
+            self.hypernet = Hypernetwork(
+                config.hypernet,
+                [g.width for g in layout.p.groups],
+                [g.width for g in layout.q.groups],
+                layout.rows,
+                zero_output=config.update != "replace",
+            ).to(dtype)
+
+    def set_layout(self, layout: Layout) -> None:
+        """Take over where each layer's rows lie (at the start, and after compaction)."""
+        self.layout = layout
+        device = self.mask.device
+        index = {
+            "rows_p": layout.p.rows,
+            "rows_q": layout.q.rows,
+            "offsets_p": layout.p.offsets,
+            "offsets_lam": layout.offsets,
+            "offsets_q": layout.q.offsets,
+        }
+        for side, groups in (("p", layout.p.groups), ("q", layout.q.groups)):
+            index |= {f"offsets_{side}_{g.width}": g.offsets for g in groups}
+        for name, values in index.items():
+            tensor = torch.tensor(values, dtype=torch.int64, device=device)
+            self.register_buffer(name, tensor, persistent=False)
+        self._make_probes()
+        self.forget()
+
+    def _make_probes(self) -> None:
+        """Zeros added to generated factors: their gradients are those of the factors.
+
+        Leaves, so that autograd sums them over micro-batches; no parameters, so that no optimizer
+        moves them. "direct" needs none, and only "ema" scores look at P and Q.
+        """
+        self._probes: list[torch.Tensor] = []
+        if self.direct:
+            return
+        watched = self.packed().tensors() if self.config.allocation == "ema" else [self.lam]
+        self._probes = [torch.zeros_like(t, requires_grad=True) for t in watched]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "HyperAdapter":
+        super()._apply(fn, recurse)
+        self._make_probes()
+        return self
+
+    def packed(self, prefix: str = "") -> Packed:
+        """The stored factors, or what belongs to them: "anchor_", "importance_", …"""
+        tensors = [getattr(self, f"{prefix}{name}") for name in self._names]
+        return Packed(
+            tuple(tensors[: self._count_p]),
+            tensors[self._count_p],
+            tuple(tensors[self._count_p + 1 :]),
+        )
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def open_forward(self) -> None:
+        """Make every layer's factors ready for one forward pass of the model."""
+        self._depth += 1
+        if self.disabled or self._depth > 1:
+            return
+        if not torch.is_grad_enabled():
+            self._live = self.current()
+            return
+        if not torch.compiler.is_compiling():
+            self._begin_accumulation()
+        self._live = self._generate_with_graph()
+
+    def close_forward(self) -> None:
+        """Let go of the pass's graph; also after an exception inside the model."""
+        self._depth -= 1
+        if self._depth == 0:
+            if self._live is not None and self._live.effective.lam.requires_grad:
+                self._step_begins = False
+            self._live = None
+            self._under_no_grad = False
+
+    def layer_factors(self, index: int) -> LayerFactors | None:
+        """(P rows, Λ_eff, Q rows) for one layer's forward; None while disabled."""
+        if self.disabled:
+            return None
+        live = self._live
+        if live is not None:
+            if not torch.is_grad_enabled() and live.effective.lam.requires_grad:
+                self._under_no_grad = True
+            return live.views[index]
+        if not torch.is_grad_enabled():
+            return self.current().views[index]
+        if _inside_backward() and self._recent is not None:
+            if self._recomputed is None:
+                self._recomputed = Recomputed(self.layout, self._views_again(self._recent))
+            return self._recomputed.factors(index)
+        return self._stray_generation().views[index]
+
+    def penalty(self, packed: Packed | None = None) -> torch.Tensor:
+        """The orthogonality penalty [eq. 7], before γ, of the factors of this pass (a scalar)."""
+        if packed is None:
+            live = self._live or (
+                self._stray_generation() if torch.is_grad_enabled() else self.current()
+            )
+            packed = live.effective
+        layout, count = self.layout, len(self.layout.layers)
+        sides = (("p", layout.p.groups), ("q", layout.q.groups))
+        groups = [group for _, members in sides for group in members]
+        squared = self.config.penalty == "squared"
+        return orthogonality_penalty(
+            [*packed.p, *packed.q],
+            offsets=[getattr(self, f"offsets_{s}_{g.width}") for s, gs in sides for g in gs],
+            max_ranks=[max(group.ranks) for group in groups],
+            kind=self.config.penalty,
+            weight=1 / count if squared else 1 / (2 * count),
+        )
+
+    def loss_term(self, *, counts_once: bool) -> torch.Tensor | None:
+        """γ·penalty to be added to this forward's loss, or None.
+
+        Args:
+            counts_once: the loss is normalised over the whole accumulation window already (the
+                caller passed num_items_in_batch): only the window's first micro-batch pays.
+        """
+        if (
+            self.config.gamma == 0.0
+            or self._live is None
+            or (counts_once and not self._step_begins)
+        ):
+            return None
+        return self.config.gamma * self.penalty(self._live.effective)
+
+    def tie(self, output: torch.Tensor) -> torch.Tensor:
+        """Make `output`'s graph reach the factors where only recomputed layers used them."""
+        if self._live is None or not self._under_no_grad or not output.requires_grad:
+            return output
+        return Tie.apply(output, self._live.effective.lam)
+
+    def _begin_accumulation(self) -> None:
+        """Notice a new accumulation window: gradients were dropped since the last forward.
+
+        After an optimizer step the flag is set already; this catches a step that GradScaler
+        skipped and gradients the user threw away.
+        """
+        if all(parameter.grad is None for parameter in self.trained()):
+            self._step_begins = True
+            self._clear_probes()
+
+    def _generate(self) -> Packed:
+        """factors_{i+1} from the stored factors_i [eqs. 4-6]."""
+        state = self.packed()
+        if self.hypernet is None:
+            return state
+        kept = self.mask > 0
+        with torch.autocast(self.mask.device.type, enabled=False):
+            out = self.hypernet(
+                state.p,
+                state.lam,
+                state.q,
+                torch.stack([kept[self.rows_p], kept, kept[self.rows_q]]),
+                [self.offsets_p, self.offsets_lam, self.offsets_q],
+                self.layout.max_rank,
+            )
+        generated = Packed(tuple(out[0]), out[1], tuple(out[2]))
+        if self.config.update == "replace":
+            return generated
+        base = self.packed("anchor_") if self.config.update == "anchor" else state
+        return state.like([b + g for b, g in zip(base.tensors(), generated.tensors(), strict=True)])
+
+    def _generate_with_graph(self) -> Generation:
+        factors = self._generate()
+        if self.direct:
+            effective = factors
+        else:
+            self._recent = factors.detach()
+            effective = factors
+            if self.config.allocation == "ema":
+                effective = factors.like(torch._foreach_add(factors.tensors(), self._probes))
+            probe = self._probes[self._count_p if self.config.allocation == "ema" else 0]
+            effective = effective._replace(lam=torch.addcmul(probe, factors.lam, self.mask))
+        if not torch.compiler.is_compiling():
+            effective = effective.like(Join.apply(self._collect, *effective.tensors()))
+        self._recomputed = None
+        if self.direct:
+            self._recent = effective.detach()
+        return self._with_views(factors, effective)
+
+    def _with_views(self, factors: Packed, effective: Packed) -> Generation:
+        p, q = self.layout.p.split(effective.p), self.layout.q.split(effective.q)
+        lam = effective.lam.split(self.layout.ranks)
+        return Generation(factors, effective, list(zip(p, lam, q, strict=True)))
+
+    def current(self) -> Generation:
+        """The factors as they are now, without a graph; generated again only after a change."""
+        if torch.compiler.is_compiling():
+            return self._without_graph()
+        versions = self._versions()
+        if self._cache is None or self._cache[0] != versions:
+            self._cache = (versions, self._without_graph())
+        return self._cache[1]
+
+    @torch.no_grad()
+    def _without_graph(self) -> Generation:
+        factors = self._generate()
+        effective = factors if self.direct else factors._replace(lam=factors.lam * self.mask)
+        return self._with_views(factors.detach(), effective.detach())
+
+    def _versions(self) -> tuple[Any, ...]:
+        tensors = [*self.parameters(), *self.packed().tensors(), self.mask]
+        # Inference tensors keep no version; they cannot be trained either.
+        return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+    def _stray_generation(self) -> Generation:
+        """For layers called outside the patched model's own forward, with gradients."""
+        versions = self._versions()
+        if self._stray is None or self._stray[0] != versions:
+            self._begin_accumulation()
+            self._stray = (versions, self._generate_with_graph())
+        return self._stray[1]
+
+    def _views_again(self, recent: Packed) -> list[LayerFactors]:
+        lam = recent.lam if self.direct else recent.lam * self.mask
+        return self._with_views(recent, recent._replace(lam=lam)).views
+
+    def _collect(self, gradients: Gradients) -> Gradients:
+        """The packed gradients of a backward pass that has come to its end (see `Join`)."""
+        recomputed, self._recomputed, self._stray = self._recomputed, None, None
+        return gradients if recomputed is None else recomputed.added_to(gradients)
+
+    # -- optimizer step --------------------------------------------------------------------------
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """The parameters an optimizer holds for this adapter."""
+        return self.parameters()
+
+    def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember who trains this adapter; skip the step if a gradient is NaN or Inf."""
+        optimizers: weakref.WeakSet[torch.optim.Optimizer] = self._optimizers or weakref.WeakSet()
+        optimizers.add(optimizer)
+        self._optimizers = optimizers
+        self.skip_if_nonfinite([p for group in optimizer.param_groups for p in group["params"]])
+
+    def skip_if_nonfinite(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Drop all gradients, and leave out the coming advance, if one of them is NaN or Inf."""
+        if not self.config.skip_nonfinite or _capturing(self.mask.device):
+            return
+        gradients = [t.grad for t in [*parameters, *self._probes] if t.grad is not None]
+        if not all_finite(gradients):
+            for parameter in parameters:
+                parameter.grad = None
+            self._skip = True
+
+    def known_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Optimizers that have stepped this adapter's parameters and still exist."""
+        return list(self._optimizers or ())
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> None:
+        """Advance the factors and allocate ranks, once per optimizer step that had gradients."""
+        recent = self._recent
+        # Without a forward or without a gradient there was nothing to step.
+        if not self._skip and recent is not None and self._watched().lam.grad is not None:
+            self.steps += 1
+            if not self.direct:
+                torch._foreach_copy_(self.packed().tensors(), recent.tensors())
+            self._allocate()
+        self._skip = False
+        self._clear_probes()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what belongs to a pass: the next forward begins a new step."""
+        self._stray = self._recent = self._cache = self._recomputed = None
+        self._step_begins = True
+
+    def _watched(self) -> Packed:
+        """The leaves whose gradients are those of the factors (of Λ alone unless "ema").
+
+        Autograd sums them over the micro-batches of a step; Λ's is dΛ_eff.
+        """
+        if self.direct:
+            return self.packed()
+        if self.config.allocation == "ema":
+            return self.packed().like(self._probes)
+        return Packed((), self._probes[0], ())
+
+    def _clear_probes(self) -> None:
+        for probe in self._probes:
+            probe.grad = None
+
+    def _allocate(self) -> None:
+        config, layers = self.config, len(self.layout.layers)
+        end = last_allocation(config, layers)
+        # PEFT's last allocation, at `end`, uses the averages of the step before.
+        if config.allocation == "ema" and self.steps < end + (config.schedule == "fixed"):
+            self._update_importance()
+        count = pruned_count(config, layers, self.steps)
+        if count is not None:
+            assert config.init_rank is not None
+            gone = config.init_rank * layers - self.layout.rows  # dropped by compaction
+            scores = average_over_processes(self._scores())
+            if config.schedule == "fixed":  # what is pruned stays pruned
+                scores = torch.where(self.mask > 0, scores, -torch.inf)
+            self.mask.copy_(prune_smallest(scores, count - gone))
+        if self.direct and (count is not None or self.holds_mask):
+            self.lam.mul_(self.mask)
+
+    @property
+    def holds_mask(self) -> bool:
+        """Whether pruned directions stay at zero between allocations.
+
+        As in AdaLoRA, "direct" under the cubic schedule zeroes them at each allocation and lets
+        them train on until the last one, so that they may come back.
+        """
+        cubic = self.direct and self.config.schedule == "cubic"
+        return not cubic or self.steps >= last_allocation(self.config, len(self.layout.layers))
+
+    @property
+    def effective_mask(self) -> torch.Tensor:
+        """The mask that the layers' function shows now ``[R]``."""
+        return self.mask if self.holds_mask else torch.ones_like(self.mask)
+
+    def _update_importance(self) -> None:
+        gradients = [
+            torch.zeros_like(t) if t.grad is None else t.grad for t in self._watched().tensors()
+        ]
+        update_importance_(
+            self.packed("importance_").tensors(),
+            self.packed("uncertainty_").tensors(),
+            [t.detach() for t in self.packed().tensors()],
+            gradients,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+        )
+
+    def _scores(self) -> torch.Tensor:
+        """One score per direction, in Λ's order ``[R]``."""
+        lam = self.lam.detach()
+        if self.config.allocation == "magnitude":
+            return lam.abs()
+        if self.config.allocation == "sensitivity":
+            gradient = self._watched().lam.grad
+            assert gradient is not None  # or there would be no step
+            return (lam * gradient).abs()
+        importance, uncertainty = self.packed("importance_"), self.packed("uncertainty_")
+        score = importance.lam * uncertainty.lam
+        for rows, side in ((self.rows_p, "p"), (self.rows_q, "q")):
+            pairs = zip(getattr(importance, side), getattr(uncertainty, side), strict=True)
+            score = score.index_add(0, rows, torch.cat([(i * u).mean(1) for i, u in pairs]))
+        return score
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The step counter, as a tensor so that safetensors can hold it."""
+        return torch.tensor([self.steps], dtype=torch.int64)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.steps = int(state[0])
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | _TRANSIENT | {"_probes": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from ..stepping import watch  # a copy of a model is trained like the original
+
+        super().__setstate__(state)
+        self._make_probes()
+        watch(self)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"layers={len(self.layout.layers)}, rank={config.rank}, init_rank={config.init_rank}, "
+            f"hypernet={config.hypernet!r}, update={config.update!r}, steps={self.steps}"
+        )
+
+
+def replace_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Give a parameter or buffer other data, of any shape; it stays the same object."""
+    tensor.grad = None
+    if tensor.shape != data.shape and tensor.requires_grad:
+        # Graphs that are still alive keep autograd's accumulator, which remembers the old shape;
+        # only a change of dtype makes `data` drop it.
+        tensor.data = data.to(torch.float16 if data.dtype != torch.float16 else torch.float32)
+    tensor.data = data
+
+
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no element is NaN or Inf: one host synchronisation, a few launches in all."""
+    tensors = [t for t in tensors if t.numel()]
+    if not tensors:
+        return True
+    return bool(torch.nn.utils.get_total_norm(tensors, float("inf")).isfinite())
+
+
+def _unit_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Gaussian rows of unit norm: near-orthogonal, elements of about 1/√width."""
+    return nn.functional.normalize(torch.randn(rows, width), dim=1).to(dtype)
+
+
+def _inside_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

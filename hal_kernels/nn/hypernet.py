@@ -1,0 +1,193 @@
+"""Hypernetworks H_P, H_Λ, H_Q: they generate every layer's factors in one call [eqs. 4-6, 3.3].
+
+A token stands for one singular direction. Rows of width d_w are projected to the hidden width and
+back by one pair of linear maps per distinct width; the body in between is shared by all layers.
+Λ's tokens carry an embedding of their direction: all Λ start equal, and without it they would stay
+so (equal inputs, equal outputs, for ever).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..ops.hypernet_layer import hypernet_layer
+from ..ops.ragged import pad, unpad
+
+HIDDEN = 312
+HEADS = 12
+INNER = 1200
+SETS = 3  # P, Λ, Q
+MLP_WIDTHS = (256,) * 8 + (512,) * 4 + (1024,) * 3
+CNN_STAGES = ((64, 2), (128, 3), (256, 3))  # channels, residual blocks
+CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
+
+
+class BertBody(nn.Module):
+    """One TinyBERT layer: hidden 312, 12 heads, FFN 1200, GELU, post-LayerNorm [4.1.4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {
+            "qkv": (3 * HIDDEN, HIDDEN),
+            "out": (HIDDEN, HIDDEN),
+            "up": (INNER, HIDDEN),
+            "down": (HIDDEN, INNER),
+        }
+        for name, shape in shapes.items():
+            weight = torch.empty(SETS, *shape).normal_(std=0.02)  # BERT's initializer_range
+            self.register_parameter(f"{name}_weight", nn.Parameter(weight))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(SETS, shape[0])))
+        for name in ("norm1", "norm2"):
+            self.register_parameter(f"{name}_weight", nn.Parameter(torch.ones(SETS, HIDDEN)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(SETS, HIDDEN)))
+
+    def forward(self, tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return hypernet_layer(tokens, keys, dict(self.named_parameters()), heads=HEADS)
+
+
+class MLPBody(nn.Module):
+    """15 hidden layers of widths 256, 512 and 1024, token by token [4.1.4, 4.6]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sets = nn.ModuleList(self._stack() for _ in range(SETS))
+
+    @staticmethod
+    def _stack() -> nn.Sequential:
+        layers: list[nn.Module] = []
+        width = HIDDEN
+        for hidden in MLP_WIDTHS:
+            layers += [nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU()]
+            width = hidden
+        return nn.Sequential(*layers, nn.Linear(width, HIDDEN), nn.LayerNorm(HIDDEN))
+
+    def forward(self, tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return torch.stack([net(t) for net, t in zip(self.sets, tokens, strict=True)])
+
+
+class _ResidualBlock(nn.Module):
+    """Two convolutions along the token and a shortcut. GroupNorm: no statistics across layers."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        half = CNN_KERNEL // 2
+        self.conv1 = nn.Conv1d(inputs, outputs, CNN_KERNEL, stride, half, bias=False)
+        self.norm1 = nn.GroupNorm(8, outputs)
+        self.conv2 = nn.Conv1d(outputs, outputs, CNN_KERNEL, 1, half, bias=False)
+        self.norm2 = nn.GroupNorm(8, outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Conv1d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class CNNBody(nn.Module):
+    """ResNet-18's 18 layers with 64, 128 and 256 channels, along each token [4.1.4, 4.6]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sets = nn.ModuleList(self._stack() for _ in range(SETS))
+
+    @staticmethod
+    def _stack() -> nn.Sequential:
+        channels = CNN_STAGES[0][0]
+        layers: list[nn.Module] = [
+            nn.Conv1d(1, channels, CNN_KERNEL, 2, CNN_KERNEL // 2, bias=False),
+            nn.GroupNorm(8, channels),
+            nn.ReLU(),
+        ]
+        for stage, (outputs, blocks) in enumerate(CNN_STAGES):
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                layers.append(_ResidualBlock(channels, outputs, stride))
+                channels = outputs
+        layers += [nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(channels, HIDDEN)]
+        return nn.Sequential(*layers, nn.LayerNorm(HIDDEN))
+
+    def forward(self, tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        flat = tokens.reshape(SETS, -1, 1, HIDDEN)
+        outputs = [net(t) for net, t in zip(self.sets, flat, strict=True)]
+        return torch.stack(outputs).view(tokens.shape)
+
+
+BODIES: dict[str, type[nn.Module]] = {"bert": BertBody, "mlp": MLPBody, "cnn": CNNBody}
+
+
+class Hypernetwork(nn.Module):
+    """(P, Λ, Q) of all layers -> what the update rule adds or takes, of the same shapes.
+
+    Args:
+        architecture: a key of `BODIES`.
+        p_widths, q_widths: the distinct widths of either side, ascending.
+        rows: R, singular directions over all layers.
+        zero_output: start the output projections at zero (the output is zero at first); else at the
+            scale of orthonormal rows, elements of about 1/√d_w.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        p_widths: Sequence[int],
+        q_widths: Sequence[int],
+        rows: int,
+        *,
+        zero_output: bool,
+    ) -> None:
+        super().__init__()
+        self.p_in = nn.ModuleList(_projection(w, HIDDEN, 1.0) for w in p_widths)
+        self.q_in = nn.ModuleList(_projection(w, HIDDEN, 1.0) for w in q_widths)
+        self.lam_in = _projection(1, HIDDEN, 1.0)
+        self.lam_embedding = nn.Parameter(torch.randn(rows, HIDDEN))
+        self.body = BODIES[architecture]()
+        scale = 0.0 if zero_output else 1.0 / math.sqrt(HIDDEN)
+        self.p_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in p_widths)
+        self.q_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in q_widths)
+        self.lam_out = _projection(HIDDEN, 1, scale * 0.05)  # near the identity, not on it
+
+    def forward(
+        self,
+        p: Sequence[torch.Tensor],
+        lam: torch.Tensor,
+        q: Sequence[torch.Tensor],
+        keys: torch.Tensor,
+        offsets: Sequence[torch.Tensor],
+        max_rank: int,
+    ) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        """One pass over every layer's factors.
+
+        Args:
+            p, q: packed rows by width, ``[R_w, d_w]``.
+            lam: ``[R]``.
+            keys: ``[3, R]`` bool, kept directions in the row order of P, Λ and Q.
+            offsets: for P, Λ and Q the first row of each matrix, and R: int64 ``[G + 1]``.
+            max_rank: the largest rank of a layer.
+        """
+        rows = [
+            torch.cat([net(t) for net, t in zip(self.p_in, p, strict=True)]),
+            self.lam_in(lam[:, None]) + self.lam_embedding,
+            torch.cat([net(t) for net, t in zip(self.q_in, q, strict=True)]),
+        ]
+        tokens = torch.stack([pad(t, o, max_rank) for t, o in zip(rows, offsets, strict=True)])
+        usable = torch.stack([pad(k, o, max_rank) for k, o in zip(keys, offsets, strict=True)])
+        out = self.body(tokens, usable)
+        out_p, out_lam, out_q = (
+            unpad(t, o, lam.shape[0]) for t, o in zip(out, offsets, strict=True)
+        )
+        p_rows, q_rows = [t.shape[0] for t in p], [t.shape[0] for t in q]
+        return (
+            [net(t) for net, t in zip(self.p_out, out_p.split(p_rows), strict=True)],
+            self.lam_out(out_lam)[:, 0],
+            [net(t) for net, t in zip(self.q_out, out_q.split(q_rows), strict=True)],
+        )
+
+
+def _projection(inputs: int, outputs: int, std: float) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs)
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,87 @@
+"""Where each layer's factors lie in the packed tensors.
+
+All layers' P rows of one width are one tensor ``[R_w, d_w]``, likewise Q; Λ and mask are ``[R]``
+with R = Σ ranks. Λ follows the order of the layers; P and Q are grouped by width, so each has a
+row order of its own.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """One adapted layer: its name in the model, its widths and its current rank."""
+
+    name: str
+    d_in: int
+    d_out: int
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """All matrices of one width on one side (P or Q), in packed order."""
+
+    width: int
+    layers: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.ranks)
+
+    @property
+    def offsets(self) -> list[int]:
+        """First row of each matrix, and the number of rows."""
+        return _offsets(self.ranks)
+
+
+class Side:
+    """The groups of one side, and how its row order relates to the order of Λ."""
+
+    def __init__(self, layers: Sequence[LayerSpec], widths: Sequence[int]) -> None:
+        self.groups = []
+        for width in sorted(set(widths)):
+            members = [i for i, w in enumerate(widths) if w == width]
+            self.groups.append(Group(width, tuple(members), tuple(layers[i].rank for i in members)))
+        self.order = [i for group in self.groups for i in group.layers]
+        self.offsets = _offsets([layers[i].rank for i in self.order])
+        starts = _offsets([layer.rank for layer in layers])
+        self.rows = [row for i in self.order for row in range(starts[i], starts[i + 1])]
+        """``rows[k]``: the row of Λ that belongs to row k of this side."""
+
+    def split(self, packed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Every layer's own rows, by layer: views of the packed tensors."""
+        views: list[torch.Tensor] = [packed[0]] * len(self.order)
+        for group, tensor in zip(self.groups, packed, strict=True):
+            for layer, view in zip(group.layers, tensor.split(group.ranks), strict=True):
+                views[layer] = view
+        return views
+
+
+class Layout:
+    """The packed order of all adapted layers."""
+
+    def __init__(self, layers: Sequence[LayerSpec]) -> None:
+        self.layers = tuple(layers)
+        self.ranks = [layer.rank for layer in layers]
+        self.rows = sum(self.ranks)
+        self.offsets = _offsets(self.ranks)
+        self.max_rank = max(self.ranks)
+        self.p = Side(layers, [layer.d_in for layer in layers])
+        self.q = Side(layers, [layer.d_out for layer in layers])
+
+    def with_ranks(self, ranks: Sequence[int]) -> "Layout":
+        """The same layers with other ranks."""
+        return Layout(
+            [dataclasses.replace(s, rank=r) for s, r in zip(self.layers, ranks, strict=True)]
+        )
+
+
+def _offsets(ranks: Sequence[int]) -> list[int]:
+    """First row of each matrix, and the number of rows."""
+    return list(itertools.accumulate(ranks, initial=0))

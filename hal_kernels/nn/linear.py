@@ -1,0 +1,224 @@
+"""Linear layers with an SVD adapter.
+
+``y = xWᵀ + b + s·((dropout(x)P) ⊙ (Λ⊙mask)) Q``, so ΔW = s·Qᵀ diag(Λ⊙mask) Pᵀ.
+
+A layer either owns its P, Λ, Q (`HALLinear.from_linear`) or belongs to a patched model, whose
+`HyperAdapter` hands it views of the packed factors. `patch_model` changes the class of the existing
+module, as torch.nn.utils.parametrize does: weights, hooks, names and references stay the same.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Hashable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..ops.svd_adapter_add import svd_adapter_add
+from ..ops.svd_linear import svd_linear
+from .adapter import HyperAdapter, _unit_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSlot:
+    """A patched layer's place in its model's adapter. (No Module attribute: no second owner.)"""
+
+    adapter: HyperAdapter
+    index: int
+    original_class: type[nn.Module]
+
+
+class AdaptedLayer(nn.Module):
+    """What all adapted layers share: where their factors come from."""
+
+    _hal: LayerSlot | None = None
+
+    def adapter_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]] | None:
+        """((P, Λ_eff, Q), keyword arguments of the operators), or None while disabled."""
+        slot = self._hal
+        if slot is None:
+            return self._own_arguments()
+        factors = slot.adapter.layer_factors(slot.index)
+        if factors is None:
+            return None
+        config = slot.adapter.config
+        dropout = config.dropout if self.training else 0.0
+        return factors, {"scaling": config.scaling, "dropout": dropout}
+
+    def _own_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        raise RuntimeError(f"{type(self).__name__} is not part of a patched model")
+
+
+class HALLinear(AdaptedLayer, nn.Linear):
+    """`torch.nn.Linear` with a frozen weight and an SVD adapter.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for `torch.nn.Linear`.
+        rank: r, number of singular directions, 1 to min(in_features, out_features).
+        alpha: scaling s = alpha / rank.
+        dropout: on the adapter's input, in [0, 1).
+        factor_dtype: of P, Λ, Q.
+
+    Attributes (of a layer that stands alone):
+        p ``[r, d_in]``, lam ``[r]`` (zeros at the start: the layer starts as the identity),
+        q ``[r, d_out]``: parameters. mask ``[r]``: buffer, 1 keeps a direction and 0 prunes it.
+
+    Shapes: x ``[..., in_features]`` -> ``[..., out_features]``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+
+    mask: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 3,
+        alpha: float = 8.0,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        factor_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self._make_factors(rank, alpha, dropout, factor_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int = 3,
+        *,
+        alpha: float = 8.0,
+        dropout: float = 0.0,
+        factor_dtype: torch.dtype = torch.float32,
+    ) -> "HALLinear":
+        """An adapted layer around `linear`'s own weight and bias (shared, and frozen)."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear is a {type(linear).__name__}, expected torch.nn.Linear")
+        if isinstance(linear, AdaptedLayer):
+            raise ValueError("linear is adapted already")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.training = linear.training
+        layer._make_factors(rank, alpha, dropout, factor_dtype)
+        return layer
+
+    def _make_factors(
+        self, rank: int, alpha: float, dropout: float, factor_dtype: torch.dtype
+    ) -> None:
+        narrowest = min(self.in_features, self.out_features)
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"rank is {rank!r}, expected an int")
+        if not 1 <= rank <= narrowest:
+            raise ValueError(
+                f"rank is {rank}, expected 1 to {narrowest} (the layer is "
+                f"{self.in_features} -> {self.out_features})"
+            )
+        if not alpha > 0:
+            raise ValueError(f"alpha is {alpha}, expected more than 0")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}, expected a probability in [0, 1)")
+        if not factor_dtype.is_floating_point:
+            raise ValueError(f"factor_dtype is {factor_dtype}, expected a floating-point dtype")
+        device = self.weight.device
+        self.scaling, self.dropout = alpha / rank, dropout
+        self.p = nn.Parameter(_unit_rows(rank, self.in_features, factor_dtype).to(device))
+        self.lam = nn.Parameter(torch.zeros(rank, dtype=factor_dtype, device=device))
+        self.q = nn.Parameter(_unit_rows(rank, self.out_features, factor_dtype).to(device))
+        self.register_buffer("mask", torch.ones(rank, dtype=factor_dtype, device=device))
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def _own_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        dropout = self.dropout if self.training else 0.0
+        return (self.p, self.lam, self.q), {
+            "mask": self.mask,
+            "scaling": self.scaling,
+            "dropout": dropout,
+        }
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        found = self.adapter_arguments()
+        if found is None:
+            return super().forward(input)
+        factors, options = found
+        return svd_linear(input, self.weight, self.bias, *factors, **options)
+
+    def extra_repr(self) -> str:
+        rank = self.p.shape[0] if self._hal is None else _rank_in(self._hal)
+        return f"{super().extra_repr()}, rank={rank}"
+
+
+class _Conv1DForward(AdaptedLayer):
+    """transformers' Conv1D (weight ``[d_in, d_out]``): the same operator on the transposed view."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.adapter_arguments()
+        if found is None:
+            return super().forward(x)
+        factors, options = found
+        return svd_linear(x, self.weight.t(), self.bias, *factors, **options)  # type: ignore[operator, arg-type]
+
+
+class _ForeignForward(AdaptedLayer):
+    """Any other linear layer (quantized, subclassed): its own forward, then the adapter added."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = super().forward(x, *args, **kwargs)
+        found = self.adapter_arguments()
+        if found is None:
+            return y
+        factors, options = found
+        return svd_adapter_add(y, x, *factors, **options)
+
+
+@functools.cache
+def _adapted_class(mixin: Any, base: Any) -> type[nn.Module]:
+    return type(f"HAL{base.__name__}", (mixin, base), {"__module__": __name__})
+
+
+def adapted_class(layer: nn.Module) -> type[nn.Module] | None:
+    """The class that adapts `layer` when it becomes its class; None if it can't be adapted."""
+    kind = type(layer)
+    if is_conv1d(layer):
+        return _adapted_class(_Conv1DForward, cast(Hashable, kind))
+    if not isinstance(layer, nn.Linear) or isinstance(layer, AdaptedLayer):
+        return None
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention reads its weight and never calls it
+    if kind is nn.Linear and type(layer.weight.data) is torch.Tensor:
+        return HALLinear
+    return _adapted_class(_ForeignForward, cast(Hashable, kind))
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether `layer` is transformers' Conv1D (recognised without importing transformers)."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "weight")
+
+
+def is_foreign(layer: nn.Module) -> bool:
+    """Whether an adapted layer runs a forward of its own (quantized or subclassed)."""
+    return isinstance(layer, _ForeignForward)
+
+
+def linear_widths(layer: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a layer that `adapted_class` accepts."""
+    if is_conv1d(layer):
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.shape[0], weight.shape[1]
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features
+
+
+def _rank_in(slot: LayerSlot) -> int:
+    return slot.adapter.layout.ranks[slot.index]

@@ -1,0 +1,259 @@
+"""`patch_model`: adapt a model's linear layers in place."""
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import HALConfig
+from .nn.adapter import HyperAdapter
+from .nn.layout import LayerSpec, Layout
+from .nn.linear import AdaptedLayer, LayerSlot, adapted_class, linear_widths
+from .stepping import watch
+from .targets import saved_module_names, target_layers
+
+ATTRIBUTE = "hal"
+
+
+def patch_model(
+    model: nn.Module, rank: int = 3, *, config: HALConfig | None = None, **options: Any
+) -> nn.Module:
+    """Give a model's linear layers an adapter in SVD form, in place, and freeze everything else.
+
+    Nothing else has to be called while training: optimizer steps are noticed, factors advance and
+    ranks are allocated with them, and a training forward that returns a loss (``output.loss``, a
+    ``"loss"`` entry, the first entry of a tuple, or a bare scalar) returns it with γ·penalty added.
+    Add `hal_kernels.penalty` yourself to a loss computed outside the model.
+
+    Args:
+        model: any module that holds linear layers; all adapted ones on one device.
+        rank: target average rank of a layer.
+        config: all options at once, instead of `rank` and `options`.
+        **options: the fields of `HALConfig`, by name.
+
+    Returns:
+        The same model. It now has a submodule ``hal``, whose parameters an optimizer takes along
+        with every other ``requires_grad`` parameter of the model.
+
+    Raises:
+        TypeError, ValueError: an unknown or impossible option, a model patched already, no layer
+            that matches, a layer that can't be adapted. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected torch.nn.Module")
+    if config is not None and not isinstance(config, HALConfig):
+        raise TypeError(f"config is a {type(config).__name__}, expected HALConfig")
+    if config is not None and (options or rank != 3):
+        raise ValueError("config comes with rank or other options: give one or the other")
+    if config is None:
+        known = HALConfig.__dataclass_fields__
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise TypeError(f"patch_model has no options {unknown}; it has {sorted(known)}")
+        config = HALConfig(rank=rank, **options)
+    expect_unpatched(model)
+    layers = target_layers(model, config)
+    widths = {name: linear_widths(layer) for name, layer in layers.items()}
+    config = config.with_init_rank(min(min(pair) for pair in widths.values()))
+    assert config.init_rank is not None
+    specs = [LayerSpec(name, *pair, config.init_rank) for name, pair in widths.items()]
+    attach(model, HyperAdapter(config, Layout(specs), _device(layers)), layers)
+    return model
+
+
+def expect_unpatched(model: nn.Module) -> None:
+    """Raise ValueError if `model` or a part of it is patched or merged already."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            raise ValueError(
+                f"model is patched already ({name or 'the model itself'} is adapted); merge it "
+                "first to start anew"
+            )
+        if "_hal_merged" in module.__dict__:
+            raise ValueError("model holds a merged adapter; unmerge it instead of patching again")
+    if hasattr(model, ATTRIBUTE):
+        raise ValueError(f"model has an attribute {ATTRIBUTE!r}, where the adapter would go")
+
+
+def attach(model: nn.Module, adapter: HyperAdapter, layers: dict[str, nn.Module]) -> None:
+    """Turn `layers` (in the adapter's order) into adapted ones and hook `adapter` into `model`."""
+    saved = saved_module_names(model, adapter.config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in saved:
+        module = model.get_submodule(name)
+        adapter.saved_modules.setdefault(
+            name, {k: v.detach().clone() for k, v in module.state_dict().items()}
+        )
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+    for index, layer in enumerate(layers.values()):
+        adapted = adapted_class(layer)
+        assert adapted is not None  # target_layers took only such
+        layer.__dict__["_hal"] = LayerSlot(adapter, index, type(layer))
+        layer.__class__ = adapted
+    setattr(model, ATTRIBUTE, adapter)
+    handles = [
+        model.register_forward_pre_hook(_Opening(adapter)),
+        model.register_forward_hook(_Closing(adapter), with_kwargs=True, always_call=True),
+        model.register_load_state_dict_post_hook(_Forgetting(adapter)),
+    ]
+    embeddings = _input_embeddings(model)
+    if embeddings is not None:
+        handles.append(embeddings.register_forward_hook(_InputGradients(model)))
+    model.__dict__["_hal_hooks"] = handles
+    adapter.train(model.training)
+    watch(adapter)
+
+
+def detach_adapter(model: nn.Module) -> HyperAdapter:
+    """Take the adapter out of `model`: its layers get their own classes back."""
+    adapter = find_adapter(model)
+    owner = _owner(model)
+    for layer in adapted_layers(owner).values():
+        slot = layer.__dict__.pop("_hal")
+        layer.__class__ = slot.original_class
+    for handle in owner.__dict__.pop("_hal_hooks"):
+        handle.remove()
+    delattr(owner, ATTRIBUTE)
+    return adapter
+
+
+def find_adapter(model: nn.Module) -> HyperAdapter:
+    """The adapter of a patched model, also through wrappers such as DistributedDataParallel.
+
+    Raises:
+        TypeError: `model` is no module. ValueError: it is not patched.
+    """
+    adapter = getattr(_owner(model), ATTRIBUTE)
+    assert isinstance(adapter, HyperAdapter)
+    return adapter
+
+
+def owner_of(model: nn.Module) -> nn.Module:
+    """The module that was given to `patch_model`: `model` itself or a part of a wrapper."""
+    return _owner(model)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers by name, in the adapter's order."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+    patched = {n: m for n, m in layers.items() if m._hal is not None}
+    return dict(sorted(patched.items(), key=lambda item: item[1]._hal.index))  # type: ignore[union-attr]
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected torch.nn.Module")
+    for module in model.modules():
+        if isinstance(module._modules.get(ATTRIBUTE), HyperAdapter):
+            return module
+    if any("_hal_merged" in module.__dict__ for module in model.modules()):
+        raise ValueError("model is merged: call hal_kernels.unmerge(model) first")
+    raise ValueError("model is not patched: call hal_kernels.patch_model(model) first")
+
+
+def _device(layers: dict[str, nn.Module]) -> torch.device:
+    weight = next(iter(layers.values())).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.device
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:  # transformers: a model without token embeddings
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+class _Hook:
+    """Hooks are objects, not closures: a deep copy of the model gets its own, with its adapter."""
+
+    def __init__(self, adapter: HyperAdapter) -> None:
+        self.adapter = adapter
+
+
+class _Opening(_Hook):
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        self.adapter.open_forward()
+
+
+class _Closing(_Hook):
+    def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        adapter = self.adapter
+        try:
+            if model.training and torch.is_grad_enabled() and output is not None:
+                term = adapter.loss_term(counts_once=kwargs.get("num_items_in_batch") is not None)
+                if term is not None:
+                    output = _with_loss(output, term)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                output = _map_tensors(output, adapter)
+        finally:
+            adapter.close_forward()
+        return output
+
+
+class _Forgetting(_Hook):
+    def __call__(self, model: nn.Module, incompatible_keys: Any) -> None:
+        self.adapter.forget()
+
+
+class _InputGradients:
+    """Lets embeddings' outputs require gradients while activations are checkpointed.
+
+    Reentrant checkpointing recomputes a block only if one of its inputs requires a gradient.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, embeddings: nn.Module, args: Any, output: Any) -> None:
+        model = self.model
+        if not model.training or not torch.is_grad_enabled():
+            return
+        plain = isinstance(output, torch.Tensor) and not output.requires_grad
+        if plain and getattr(model, "is_gradient_checkpointing", False):
+            output.requires_grad_(True)
+
+
+def _with_loss(output: Any, term: torch.Tensor) -> Any:
+    """`output` with `term` added to the loss it carries, if it carries one."""
+
+    def added(loss: Any) -> Any:
+        scalar = isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.requires_grad
+        return loss + term.to(loss.device, loss.dtype) if scalar else loss
+
+    if isinstance(output, torch.Tensor):
+        return added(output)
+    if isinstance(output, MutableMapping):
+        if output.get("loss") is not None:
+            output["loss"] = added(output["loss"])
+        return output
+    if isinstance(output, tuple | list) and output:
+        first = added(output[0])
+        return output if first is output[0] else type(output)([first, *output[1:]])
+    if isinstance(getattr(output, "loss", None), torch.Tensor):
+        output.loss = added(output.loss)
+    return output
+
+
+def _map_tensors(output: Any, adapter: HyperAdapter) -> Any:
+    """`output` with every tensor tied to the adapter's graph (see `HyperAdapter.tie`)."""
+    if isinstance(output, torch.Tensor):
+        return adapter.tie(output)
+    if isinstance(output, MutableMapping):
+        for key, value in list(output.items()):
+            output[key] = _map_tensors(value, adapter)
+    elif isinstance(output, tuple | list) and not hasattr(output, "_fields"):
+        return type(output)(_map_tensors(value, adapter) for value in output)
+    return output
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of each module trained in full beside the adapter."""
+    owner = _owner(model)
+    for name in find_adapter(model).saved_modules:
+        yield name, owner.get_submodule(name)

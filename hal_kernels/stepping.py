@@ -1,0 +1,47 @@
+"""How optimizer steps are noticed: two hooks that torch calls around every optimizer's step().
+
+They are installed with the first patched model. A step that GradScaler leaves out never reaches
+them, gradient accumulation reaches them once per window, and HF Trainer and accelerate call the
+same optimizers.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from .nn.adapter import HyperAdapter
+
+_adapters: weakref.WeakSet[HyperAdapter] = weakref.WeakSet()
+_hooks: list[Any] = []
+
+
+def watch(adapter: HyperAdapter) -> None:
+    """From now on, let `adapter` know of the steps of the optimizer that holds its parameters."""
+    _adapters.add(adapter)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before))
+        _hooks.append(register_optimizer_step_post_hook(_after))
+
+
+def _held_by(optimizer: torch.optim.Optimizer) -> list[HyperAdapter]:
+    """Adapters whose first parameter this optimizer holds.
+
+    The first alone decides, so that parameters spread over several optimizers advance once a step.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [adapter for adapter in list(_adapters) if id(next(adapter.trained())) in held]
+
+
+def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for adapter in _held_by(optimizer):
+        adapter.before_optimizer_step(optimizer)
+
+
+def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for adapter in _held_by(optimizer):
+        adapter.after_optimizer_step()

@@ -1,0 +1,123 @@
+"""Which layers of a model are adapted: PEFT's target_modules, and errors for what can't be."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import HALConfig
+from .nn.linear import AdaptedLayer, adapted_class, is_conv1d
+
+
+def matches(name: str, pattern: str | Sequence[str]) -> bool:
+    """Whether a module name is meant: a regular expression for all of it, or names or endings."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == entry or name.endswith("." + entry) for entry in pattern)
+
+
+def saved_module_names(model: nn.Module, config: HALConfig) -> list[str]:
+    """Names of the modules to train in full: outermost matches that hold parameters."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for outer in found)
+        meant = name and not inside and matches(name, config.modules_to_save)
+        if meant and next(module.parameters(), None) is not None:
+            found.append(name)
+    return found
+
+
+def target_layers(model: nn.Module, config: HALConfig) -> dict[str, Any]:
+    """The layers to adapt, by name, in the model's order.
+
+    Raises:
+        ValueError, TypeError: nothing matches, an entry of a list matches nothing, a match can't
+            be adapted, or a layer can't be used as it is.
+    """
+    saved = saved_module_names(model, config)
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if name and not any(name == s or name.startswith(s + ".") for s in saved)
+    }
+    if config.exclude is not None:
+        modules = {n: m for n, m in modules.items() if not matches(n, config.exclude)}
+    if config.targets == "all-linear":
+        kept_out = _output_head(model)
+        layers = {
+            name: module
+            for name, module in modules.items()
+            if adapted_class(module) is not None and id(module) not in kept_out
+        }
+    else:
+        _expect_every_entry(modules, config.targets)
+        layers = {name: m for name, m in modules.items() if matches(name, config.targets)}
+        for name, module in layers.items():
+            if adapted_class(module) is None:
+                raise TypeError(
+                    f"targets: {name!r} is a {type(module).__name__}, expected a linear layer "
+                    "(nn.Linear, Conv1D or a quantized linear)"
+                )
+    if not layers:
+        raise ValueError(
+            f"targets is {config.targets!r}: no linear layer of {type(model).__name__} matches"
+            + (f" (exclude is {config.exclude!r})" if config.exclude is not None else "")
+        )
+    for name, module in layers.items():
+        _expect_usable(name, module)
+    devices = {module.weight.device for module in layers.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"targets: the layers are on several devices, {sorted(map(str, devices))}; the packed "
+            "factors need one (patch each part of the model by itself)"
+        )
+    return layers
+
+
+def _expect_every_entry(modules: dict[str, nn.Module], targets: str | Sequence[str]) -> None:
+    if isinstance(targets, str):
+        return
+    for entry in targets:
+        if not any(matches(name, (entry,)) for name in modules):
+            raise ValueError(f"targets: {entry!r} matches no module")
+
+
+def _expect_usable(name: str, module: Any) -> None:
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"targets: {name!r} has a forward function of its own (an offloading hook?), which "
+            "would bypass the adapter; patch the model before such hooks are added"
+        )
+    if module.weight.device.type == "meta":
+        raise ValueError(
+            f"targets: {name!r} is on the meta device; load the weights before patching"
+        )
+
+
+def _output_head(model: nn.Module) -> set[int]:
+    """Ids of output heads, and of linear layers that share their weight with an embedding."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = {
+        id(m)
+        for m in model.modules()
+        if id(getattr(m, "weight", None)) in embeddings and not isinstance(m, nn.Embedding)
+    }
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else getattr(model, "lm_head", None)
+    return heads | ({id(head)} if isinstance(head, nn.Module) else set())
+
+
+def base_weight(layer: AdaptedLayer) -> torch.Tensor:
+    """The layer's weight as ``[d_out, d_in]``: a view."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.t() if is_conv1d_class(layer) else weight
+
+
+def is_conv1d_class(layer: nn.Module) -> bool:
+    """Whether a layer is, or was before patching, transformers' Conv1D."""
+    slot = getattr(layer, "_hal", None)
+    kind = type(layer) if slot is None else slot.original_class
+    return kind.__name__ == "Conv1D" or is_conv1d(layer)
