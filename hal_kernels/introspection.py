@@ -91,5 +91,5 @@ def step(model: nn.Module) -> None:
         TypeError, ValueError: `model` is no module, or not patched.
     """
     adapter = find_adapter(model)
-    adapter.skip_if_nonfinite(list(adapter.trained()))
+    adapter.skip_if_nonfinite()
     adapter.after_optimizer_step()

@@ -215,8 +215,14 @@ class _InputGradients:
         if not model.training or not torch.is_grad_enabled():
             return
         plain = isinstance(output, torch.Tensor) and not output.requires_grad
-        if plain and getattr(model, "is_gradient_checkpointing", False):
+        if plain and _checkpoints_activations(model):
             output.requires_grad_(True)
+
+
+def _checkpoints_activations(model: nn.Module) -> bool:
+    """Whether a transformers model recomputes activations; both of its names for it."""
+    found = getattr(model, "is_activation_checkpointing", None)
+    return bool(getattr(model, "is_gradient_checkpointing", False) if found is None else found)
 
 
 def _with_loss(output: Any, term: torch.Tensor) -> Any:

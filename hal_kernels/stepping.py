@@ -28,20 +28,19 @@ def watch(adapter: HyperAdapter) -> None:
         _hooks.append(register_optimizer_step_post_hook(_after))
 
 
-def _held_by(optimizer: torch.optim.Optimizer) -> list[HyperAdapter]:
-    """Adapters whose first parameter this optimizer holds.
-
-    The first alone decides, so that parameters spread over several optimizers advance once a step.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [adapter for adapter in list(_adapters) if id(next(adapter.trained())) in held]
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for adapter in _held_by(optimizer):
-        adapter.before_optimizer_step(optimizer)
+    held = _held(optimizer)
+    for adapter in list(_adapters):
+        if any(id(parameter) in held for parameter in adapter.parameters()):
+            adapter.before_optimizer_step(optimizer)
 
 
 def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for adapter in _held_by(optimizer):
-        adapter.after_optimizer_step()
+    held = _held(optimizer)
+    for adapter in list(_adapters):
+        if id(adapter.leading_parameter) in held:
+            adapter.after_optimizer_step()

@@ -12,7 +12,7 @@ Work over all layers is a constant number of torch calls, however many layers th
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,11 @@ from torch import nn
 
 from ..config import HALConfig
 from ..ops.orthogonality_penalty import orthogonality_penalty
-from ..ops.rank_allocation import prune_smallest, update_importance_
-from .allocation import average_over_processes, last_allocation, pruned_count
+from .allocation import allocate, last_allocation
 from .hypernet import Hypernetwork
 from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
-from .recompute import Gradients, Join, Recomputed, Tie
+from .recompute import Gradients, Join, Recomputed, Regenerate, Tie
 
 # State of a pass or a step under way, with its value in between. Never saved, never copied.
 _TRANSIENT = {
@@ -179,6 +178,8 @@ class HyperAdapter(nn.Module):
 
     def close_forward(self) -> None:
         """Let go of the pass's graph; also after an exception inside the model."""
+        if self._depth == 0:  # another hook raised before the pass was opened
+            return
         self._depth -= 1
         if self._depth == 0:
             if self._live is not None and self._live.effective.lam.requires_grad:
@@ -196,7 +197,7 @@ class HyperAdapter(nn.Module):
                 self._under_no_grad = True
             return live.views[index]
         if not torch.is_grad_enabled():
-            return self.current().views[index]
+            return self._stray_current().views[index]
         if _inside_backward() and self._recent is not None:
             if self._recomputed is None:
                 self._recomputed = Recomputed(self.layout, self._views_again(self._recent))
@@ -249,9 +250,25 @@ class HyperAdapter(nn.Module):
         After an optimizer step the flag is set already; this catches a step that GradScaler
         skipped and gradients the user threw away.
         """
-        if all(parameter.grad is None for parameter in self.trained()):
+        if not self._has_gradient():
             self._step_begins = True
             self._clear_probes()
+        elif self.hypernet is not None:
+            self._clear_probes_if_zeroed(self.hypernet.lam_out.bias.grad)
+
+    def _clear_probes_if_zeroed(self, gradient: torch.Tensor | None) -> None:
+        """zero_grad(set_to_none=False) leaves zeros: then the probes' gradients are zeroed alike.
+
+        `gradient` is that of Λ's output bias, the sum of all dΛ: zero only if it was zeroed. It is
+        looked at on the device.
+        """
+        if gradient is not None:
+            for probe in self._probes:
+                if probe.grad is not None:
+                    probe.grad = torch.where(gradient != 0, probe.grad, 0.0)
+
+    def _has_gradient(self) -> bool:
+        return any(parameter.grad is not None for parameter in self.parameters())
 
     def _generate(self) -> Packed:
         """factors_{i+1} from the stored factors_i [eqs. 4-6]."""
@@ -274,43 +291,59 @@ class HyperAdapter(nn.Module):
         base = self.packed("anchor_") if self.config.update == "anchor" else state
         return state.like([b + g for b, g in zip(base.tensors(), generated.tensors(), strict=True)])
 
-    def _generate_with_graph(self) -> Generation:
-        factors = self._generate()
-        if self.direct:
-            effective = factors
-        else:
-            self._recent = factors.detach()
-            effective = factors
-            if self.config.allocation == "ema":
-                effective = factors.like(torch._foreach_add(factors.tensors(), self._probes))
-            probe = self._probes[self._count_p if self.config.allocation == "ema" else 0]
-            effective = effective._replace(lam=torch.addcmul(probe, factors.lam, self.mask))
-        if not torch.compiler.is_compiling():
-            effective = effective.like(Join.apply(self._collect, *effective.tensors()))
+    def _generate_with_graph(self, *, once: bool = True) -> Generation:
+        """One generation inside autograd.
+
+        Args:
+            once: one backward pass will run through it, as through any forward pass. Else it is
+                generated again in each, so that any number of them may.
+        """
+        factors = self._generate() if once or self.direct else self.current().factors
+        self._recent = factors.detach()
         self._recomputed = None
         if self.direct:
-            self._recent = effective.detach()
+            effective = factors
+        elif once:
+            effective = self._probed(factors)
+        else:
+            tensors = Regenerate.apply(self._generate_probed, *self.parameters(), *self._probes)
+            effective = factors.like(tensors)
+        if not torch.compiler.is_compiling():
+            effective = effective.like(Join.apply(self._collect, *effective.tensors()))
         return self._with_views(factors, effective)
+
+    def _generate_probed(self) -> list[torch.Tensor]:
+        return self._probed(self._generate()).tensors()
+
+    def _probed(self, factors: Packed) -> Packed:
+        """Generated factors with Λ masked; their gradients are left in the probes."""
+        effective, probe = factors, self._probes[0]
+        if self.config.allocation == "ema":
+            effective = factors.like(torch._foreach_add(factors.tensors(), self._probes))
+            probe = self._probes[self._count_p]
+        return effective._replace(lam=torch.addcmul(probe, factors.lam, self.mask))
 
     def _with_views(self, factors: Packed, effective: Packed) -> Generation:
         p, q = self.layout.p.split(effective.p), self.layout.q.split(effective.q)
         lam = effective.lam.split(self.layout.ranks)
         return Generation(factors, effective, list(zip(p, lam, q, strict=True)))
 
-    def current(self) -> Generation:
-        """The factors as they are now, without a graph; generated again only after a change."""
-        if torch.compiler.is_compiling():
-            return self._without_graph()
-        versions = self._versions()
-        if self._cache is None or self._cache[0] != versions:
-            self._cache = (versions, self._without_graph())
-        return self._cache[1]
-
     @torch.no_grad()
-    def _without_graph(self) -> Generation:
+    def current(self) -> Generation:
+        """The factors as they are now, without a graph. Generated anew: nothing can be stale."""
         factors = self._generate()
         effective = factors if self.direct else factors._replace(lam=factors.lam * self.mask)
         return self._with_views(factors.detach(), effective.detach())
+
+    def _stray_current(self) -> Generation:
+        """For layers called outside the patched model's own forward, without gradients.
+
+        Generated again after a change that autograd's version counters or addresses show.
+        """
+        versions = self._versions()
+        if self._cache is None or self._cache[0] != versions:
+            self._cache = (versions, self.current())
+        return self._cache[1]
 
     def _versions(self) -> tuple[Any, ...]:
         tensors = [*self.parameters(), *self.packed().tensors(), self.mask]
@@ -322,7 +355,7 @@ class HyperAdapter(nn.Module):
         versions = self._versions()
         if self._stray is None or self._stray[0] != versions:
             self._begin_accumulation()
-            self._stray = (versions, self._generate_with_graph())
+            self._stray = (versions, self._generate_with_graph(once=False))
         return self._stray[1]
 
     def _views_again(self, recent: Packed) -> list[LayerFactors]:
@@ -331,31 +364,41 @@ class HyperAdapter(nn.Module):
 
     def _collect(self, gradients: Gradients) -> Gradients:
         """The packed gradients of a backward pass that has come to its end (see `Join`)."""
-        recomputed, self._recomputed, self._stray = self._recomputed, None, None
+        recomputed, self._recomputed = self._recomputed, None
         return gradients if recomputed is None else recomputed.added_to(gradients)
 
     # -- optimizer step --------------------------------------------------------------------------
 
-    def trained(self) -> Iterator[nn.Parameter]:
-        """The parameters an optimizer holds for this adapter."""
-        return self.parameters()
+    @property
+    def leading_parameter(self) -> nn.Parameter:
+        """The parameter whose optimizer sets the pace.
+
+        Where several optimizers share the adapter's parameters, it advances once a step. "direct"
+        must do so after Λ has moved: pruned singular values are set back to zero.
+        """
+        return self.lam if isinstance(self.lam, nn.Parameter) else next(self.parameters())
 
     def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember who trains this adapter; skip the step if a gradient is NaN or Inf."""
-        optimizers: weakref.WeakSet[torch.optim.Optimizer] = self._optimizers or weakref.WeakSet()
-        optimizers.add(optimizer)
-        self._optimizers = optimizers
-        self.skip_if_nonfinite([p for group in optimizer.param_groups for p in group["params"]])
+        if self._optimizers is None:
+            self._optimizers = weakref.WeakSet()
+        self._optimizers.add(optimizer)
+        self.skip_if_nonfinite(p for group in optimizer.param_groups for p in group["params"])
 
-    def skip_if_nonfinite(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Drop all gradients, and leave out the coming advance, if one of them is NaN or Inf."""
+    def skip_if_nonfinite(self, parameters: Iterable[torch.Tensor] = ()) -> None:
+        """Drop gradients, and leave out the coming advance, if one of them is NaN or Inf.
+
+        Args:
+            parameters: what is stepped together with this adapter's own parameters.
+        """
         if not self.config.skip_nonfinite or _capturing(self.mask.device):
             return
-        gradients = [t.grad for t in [*parameters, *self._probes] if t.grad is not None]
-        if not all_finite(gradients):
-            for parameter in parameters:
+        stepped = {id(p): p for p in [*parameters, *self.parameters(), *self._probes]}
+        if not all_finite([p.grad for p in stepped.values() if p.grad is not None]):
+            for parameter in stepped.values():
                 parameter.grad = None
-            self._skip = True
+            # If this is the second of several optimizers, the advance is over.
+            self._skip = self._recent is not None
 
     def known_optimizers(self) -> list[torch.optim.Optimizer]:
         """Optimizers that have stepped this adapter's parameters and still exist."""
@@ -366,11 +409,12 @@ class HyperAdapter(nn.Module):
         """Advance the factors and allocate ranks, once per optimizer step that had gradients."""
         recent = self._recent
         # Without a forward or without a gradient there was nothing to step.
-        if not self._skip and recent is not None and self._watched().lam.grad is not None:
+        moved = self._has_gradient() and self.watched().lam.grad is not None
+        if moved and recent is not None and not self._skip:
             self.steps += 1
             if not self.direct:
                 torch._foreach_copy_(self.packed().tensors(), recent.tensors())
-            self._allocate()
+            allocate(self)
         self._skip = False
         self._clear_probes()
         self.forget()
@@ -380,7 +424,7 @@ class HyperAdapter(nn.Module):
         self._stray = self._recent = self._cache = self._recomputed = None
         self._step_begins = True
 
-    def _watched(self) -> Packed:
+    def watched(self) -> Packed:
         """The leaves whose gradients are those of the factors (of Λ alone unless "ema").
 
         Autograd sums them over the micro-batches of a step; Λ's is dΛ_eff.
@@ -394,23 +438,6 @@ class HyperAdapter(nn.Module):
     def _clear_probes(self) -> None:
         for probe in self._probes:
             probe.grad = None
-
-    def _allocate(self) -> None:
-        config, layers = self.config, len(self.layout.layers)
-        end = last_allocation(config, layers)
-        # PEFT's last allocation, at `end`, uses the averages of the step before.
-        if config.allocation == "ema" and self.steps < end + (config.schedule == "fixed"):
-            self._update_importance()
-        count = pruned_count(config, layers, self.steps)
-        if count is not None:
-            assert config.init_rank is not None
-            gone = config.init_rank * layers - self.layout.rows  # dropped by compaction
-            scores = average_over_processes(self._scores())
-            if config.schedule == "fixed":  # what is pruned stays pruned
-                scores = torch.where(self.mask > 0, scores, -torch.inf)
-            self.mask.copy_(prune_smallest(scores, count - gone))
-        if self.direct and (count is not None or self.holds_mask):
-            self.lam.mul_(self.mask)
 
     @property
     def holds_mask(self) -> bool:
@@ -426,35 +453,6 @@ class HyperAdapter(nn.Module):
     def effective_mask(self) -> torch.Tensor:
         """The mask that the layers' function shows now ``[R]``."""
         return self.mask if self.holds_mask else torch.ones_like(self.mask)
-
-    def _update_importance(self) -> None:
-        gradients = [
-            torch.zeros_like(t) if t.grad is None else t.grad for t in self._watched().tensors()
-        ]
-        update_importance_(
-            self.packed("importance_").tensors(),
-            self.packed("uncertainty_").tensors(),
-            [t.detach() for t in self.packed().tensors()],
-            gradients,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-        )
-
-    def _scores(self) -> torch.Tensor:
-        """One score per direction, in Λ's order ``[R]``."""
-        lam = self.lam.detach()
-        if self.config.allocation == "magnitude":
-            return lam.abs()
-        if self.config.allocation == "sensitivity":
-            gradient = self._watched().lam.grad
-            assert gradient is not None  # or there would be no step
-            return (lam * gradient).abs()
-        importance, uncertainty = self.packed("importance_"), self.packed("uncertainty_")
-        score = importance.lam * uncertainty.lam
-        for rows, side in ((self.rows_p, "p"), (self.rows_q, "q")):
-            pairs = zip(getattr(importance, side), getattr(uncertainty, side), strict=True)
-            score = score.index_add(0, rows, torch.cat([(i * u).mean(1) for i, u in pairs]))
-        return score
 
     # -- state -----------------------------------------------------------------------------------
 

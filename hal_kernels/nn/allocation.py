@@ -4,10 +4,15 @@ Schedules are functions of the step counter on the host; scores and selection st
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import HALConfig
+from ..ops.rank_allocation import prune_smallest, update_importance_
+
+if TYPE_CHECKING:
+    from .adapter import HyperAdapter
 
 
 def surplus(config: HALConfig, layers: int) -> int:
@@ -49,7 +54,55 @@ def _per_interval(config: HALConfig, extra: int) -> int:
     return config.prune_per_interval or math.ceil(extra / 10)
 
 
-def average_over_processes(scores: torch.Tensor) -> torch.Tensor:
+def allocate(adapter: "HyperAdapter") -> None:
+    """Update importance, and prune where the schedule says so, after an optimizer step."""
+    config, layers = adapter.config, len(adapter.layout.layers)
+    end = last_allocation(config, layers)
+    # PEFT's last allocation, at `end`, uses the averages of the step before.
+    if config.allocation == "ema" and adapter.steps < end + (config.schedule == "fixed"):
+        _update_importance(adapter)
+    count = pruned_count(config, layers, adapter.steps)
+    if count is not None:
+        assert config.init_rank is not None
+        gone = config.init_rank * layers - adapter.layout.rows  # dropped by compaction
+        scores = _average_over_processes(_scores(adapter))
+        if config.schedule == "fixed":  # what is pruned stays pruned
+            scores = torch.where(adapter.mask > 0, scores, -torch.inf)
+        adapter.mask.copy_(prune_smallest(scores, count - gone))
+    if adapter.direct and (count is not None or adapter.holds_mask):
+        adapter.lam.mul_(adapter.mask)
+
+
+def _update_importance(adapter: "HyperAdapter") -> None:
+    watched = adapter.watched().tensors()
+    update_importance_(
+        adapter.packed("importance_").tensors(),
+        adapter.packed("uncertainty_").tensors(),
+        [t.detach() for t in adapter.packed().tensors()],
+        [torch.zeros_like(t) if t.grad is None else t.grad for t in watched],
+        beta1=adapter.config.beta1,
+        beta2=adapter.config.beta2,
+    )
+
+
+def _scores(adapter: "HyperAdapter") -> torch.Tensor:
+    """One score per direction, in Λ's order ``[R]``."""
+    lam = adapter.lam.detach()
+    if adapter.config.allocation == "magnitude":
+        return lam.abs()
+    if adapter.config.allocation == "sensitivity":
+        gradient = adapter.watched().lam.grad
+        assert gradient is not None  # or there would be no step
+        return (lam * gradient).abs()
+    importance, uncertainty = adapter.packed("importance_"), adapter.packed("uncertainty_")
+    score = importance.lam * uncertainty.lam
+    for rows, side in ((adapter.rows_p, "p"), (adapter.rows_q, "q")):
+        pairs = zip(getattr(importance, side), getattr(uncertainty, side), strict=True)
+        score = score.index_add(0, rows, torch.cat([(i * u).mean(1) for i, u in pairs]))
+    return score
+
+
+def _average_over_processes(scores: torch.Tensor) -> torch.Tensor:
     """Mean of the scores over all data-parallel processes, so that all select alike."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(scores)

@@ -74,6 +74,30 @@ class Join(torch.autograd.Function):
         return None, *ctx.collect(gradients)
 
 
+class Regenerate(torch.autograd.Function):
+    """Generated tensors through which any number of backward passes may run.
+
+    ``generate()`` makes them from `inputs`, the leaves they depend on; each backward makes them
+    again. Two losses may so share one generation, which a plain graph would free after the first.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, generate: Callable[[], list[torch.Tensor]], *inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.generate, ctx.inputs = generate, inputs
+        ctx.set_materialize_grads(False)
+        return tuple(generate())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            pairs = zip(ctx.generate(), gradients, strict=True)
+            reached = [(out, g) for out, g in pairs if g is not None]
+        outputs, known = [out for out, _ in reached], [g for _, g in reached]
+        return None, *torch.autograd.grad(outputs, ctx.inputs, known, allow_unused=True)
+
+
 class Tie(torch.autograd.Function):
     """Identity on a model output that makes its graph reach the factors, adding no gradient.
 

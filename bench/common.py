@@ -1,0 +1,164 @@
+"""What every benchmark shares: the machine, interleaved timing, and rows of results."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, GPU, thread count, versions and commit: what a row needs to be read later."""
+    info: dict[str, Any] = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            info[package] = version(package)
+        except PackageNotFoundError:
+            info[package] = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        info |= {"gpu": properties.name, "gpu_memory": properties.total_memory}
+        info["driver"] = _first_line(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
+    return info
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else Path(sys.argv[0]).stem
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _first_line(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip().split("\n")[0]
+
+
+def _git(*arguments: str) -> str:
+    return _first_line("git", "-C", str(Path(__file__).parent), *arguments)
+
+
+def append_row(name: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Append one row, with the machine it came from, to ``<folder>/<name>.jsonl``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"machine": machine()}) + "\n")
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Clock:
+    """Seconds spent in named phases of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        synchronize()
+        start = time.perf_counter()
+        yield
+        synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its calls counted into a phase."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+    def take(self) -> dict[str, float]:
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def interleaved(
+    steps: dict[str, Callable[[], dict[str, float]]], repeats: int, warmup: int
+) -> Iterator[dict[str, list[dict[str, float]]]]:
+    """Run every step in turn, `repeats` times after `warmup`; yields what is measured so far."""
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    for turn in range(warmup + repeats):
+        for name, step in steps.items():
+            seconds = step()
+            if turn >= warmup:
+                samples[name].append(seconds)
+        yield samples
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles in milliseconds."""
+    low, _, high = quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
+    return {"median_ms": 1e3 * median(seconds), "q1_ms": 1e3 * low, "q3_ms": 1e3 * high}
+
+
+def peak_memory_mb() -> float:
+    """Largest memory of this process so far: of the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def in_own_process(module: str, *arguments: str) -> dict[str, Any]:
+    """Run ``python -m module arguments`` and read the JSON on its last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
+    return result
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--quick", action="store_true", help="few repeats, small sizes")
+    options.add_argument("--out", type=Path, default=RESULTS, help="folder for rows of results")
+    options.add_argument("--no-save", action="store_true", help="print only")
+    return options

@@ -1,0 +1,136 @@
+"""The methods that are compared, each as one training step in measured phases.
+
+All share the base model (built from one seed), the batch, the trained classifier and AdamW.
+`frozen` trains the classifier alone; `floor` also computes the gradient of every layer's input,
+which any adapter in the first layer needs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import hal_kernels
+
+from .common import Clock
+
+METHODS = ("frozen", "floor", "lora", "adalora", "hal-direct", "hal-hyper")
+RANK, INIT_RANK, INTERVAL = 3, 5, 10
+TOTAL_STEPS = 10_000  # nothing is pruned for good while we measure, as early in a real run
+TARGETS = r".*encoder\.layer\..*(query|key|value|dense)"
+
+
+def roberta_base() -> nn.Module:
+    """RoBERTa-base with random weights and a two-class head: 12 layers, 72 linear layers."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model: nn.Module = RobertaForSequenceClassification(config)
+    return model
+
+
+def batch_of(rows: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    ids = torch.randint(5, 50_000, (rows, length), generator=generator)
+    labels = torch.randint(0, 2, (rows,), generator=generator)
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+class Method:
+    """One method around its own copy of the model."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.clock, self.steps = name, Clock(), 0
+        self.last_penalty = torch.zeros(())
+        model = roberta_base().to(device)
+        self.allocate: Callable[[], None] | None = None
+        if name in ("frozen", "floor"):
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            model.classifier.requires_grad_(True)  # type: ignore[operator, union-attr]
+            if name == "floor":
+                model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
+                    lambda module, args, output: output.requires_grad_(True)
+                )
+        elif name == "lora":
+            model = self._peft_lora(model)
+        elif name == "adalora":
+            model = self._peft_adalora(model)
+        else:
+            self._patch(model)
+        self.model = model.train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.trained_parameters = sum(p.numel() for p in trained)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def _peft_lora(self, model: nn.Module) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=RANK, lora_alpha=8, target_modules=TARGETS, modules_to_save=["classifier"]
+        )
+        return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+
+    def _peft_adalora(self, model: nn.Module) -> nn.Module:
+        from peft import AdaLoraConfig, get_peft_model
+
+        config = AdaLoraConfig(
+            init_r=INIT_RANK, target_r=RANK, lora_alpha=8, target_modules=TARGETS,
+            modules_to_save=["classifier"], orth_reg_weight=0.1, deltaT=INTERVAL,
+            tinit=0, tfinal=TOTAL_STEPS // 10, total_step=TOTAL_STEPS,
+        )  # fmt: skip
+        adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+        tuner = adapted.base_model
+        tuner.model.forward = self.clock.wrap("inner forward", tuner.model.forward)
+        self.allocate = lambda: tuner.update_and_allocate(self.steps)
+        return adapted  # type: ignore[no-any-return]
+
+    def _patch(self, model: nn.Module) -> None:
+        options: dict[str, Any] = {"hypernet": "bert", "schedule": "fixed"}
+        if self.name == "hal-direct":  # AdaLoRA's own method
+            options = {
+                "hypernet": "direct", "penalty": "frobenius", "allocation": "ema",
+                "schedule": "cubic", "total_step": TOTAL_STEPS, "tfinal": TOTAL_STEPS // 10,
+            }  # fmt: skip
+        hal_kernels.patch_model(
+            model, RANK, init_rank=INIT_RANK, targets=TARGETS, interval=INTERVAL, seed=0, **options
+        )
+        adapter: Any = model.hal
+        loss_term = adapter.loss_term
+
+        def remembered(**kwargs: Any) -> torch.Tensor:
+            term: torch.Tensor = loss_term(**kwargs)
+            self.last_penalty = term.detach()
+            return term
+
+        adapter.loss_term = self.clock.wrap("penalty", remembered)
+        adapter.after_optimizer_step = self.clock.wrap("allocation", adapter.after_optimizer_step)
+
+    def step(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+        """One training step; seconds spent in each of its phases."""
+        self.steps += 1
+        clock = self.clock
+        with clock.phase("step"):
+            with clock.phase("forward"):
+                self.loss = self.model(**batch).loss
+            with clock.phase("backward"):
+                self.loss.backward()
+            with clock.phase("optimizer"):
+                self.optimizer.step()
+            if self.allocate is not None:
+                with clock.phase("allocation"):
+                    self.allocate()
+            self.optimizer.zero_grad()
+        seconds = clock.take()
+        if "inner forward" in seconds:  # PEFT adds its penalty around the model's forward
+            seconds["penalty"] = seconds["forward"] - seconds.pop("inner forward")
+        if "penalty" in seconds:
+            seconds["forward"] -= seconds["penalty"]
+        if self.allocate is None and "allocation" in seconds:  # inside optimizer.step()
+            seconds["optimizer"] -= seconds["allocation"]
+        return seconds

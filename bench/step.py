@@ -1,0 +1,162 @@
+"""One training step, side by side: frozen model, floor, PEFT's LoRA and AdaLoRA, this library.
+
+    python -m bench.step --batch 1 8
+
+RoBERTa-base shapes, sequences of 128, rank 3 (initially 5), every linear layer of the encoder. All
+methods run in one process, interleaved; peak memory is measured in a process for each. The exit
+status is 1 if a bound below is missed.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .common import append_row, in_own_process, interleaved, parser, peak_memory_mb, summary
+from .methods import METHODS, Method, batch_of
+
+PHASES = ("forward", "penalty", "backward", "optimizer", "allocation")
+BOUNDS = [  # (method, reference, batch, largest ratio of median step times)
+    ("hal-direct", "adalora", 1, 0.78),
+    ("hal-direct", "adalora", 8, 0.78),
+    ("hal-direct", "floor", 1, 1.15),
+    ("hal-direct", "floor", 8, 1.07),
+    ("hal-hyper", "adalora", 8, 0.85),
+]
+
+
+def measure(batch: int, length: int, repeats: int, warmup: int) -> dict[str, Any]:
+    """Times of all methods at one batch size, and what was trained."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    methods = {name: Method(name, device) for name in METHODS}
+    rows = batch_of(batch, length, device)
+    steps = {name: (lambda m=method: m.step(rows)) for name, method in methods.items()}
+    losses: dict[str, float] = {}
+    samples: dict[str, list[dict[str, float]]] = {}
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"batch {batch}", total=repeats + warmup)
+        for measured in interleaved(steps, repeats, warmup):
+            samples = measured
+            if not losses:
+                losses = {name: first_loss(method) for name, method in methods.items()}
+                check(losses)
+            progress.advance(task)
+    return {
+        name: {
+            "step": summary([s["step"] for s in samples[name]]),
+            "phases": {
+                phase: summary([s[phase] for s in samples[name]])
+                for phase in PHASES
+                if phase in samples[name][0]
+            },
+            "first_loss": losses[name],
+            "trained_parameters": method.trained_parameters,
+        }
+        for name, method in methods.items()
+    }
+
+
+def first_loss(method: Method) -> float:
+    """The loss of the step just taken, without this library's penalty."""
+    return float(method.loss.detach()) - float(method.last_penalty)
+
+
+def check(losses: dict[str, float]) -> None:
+    """All methods start as the identity, so their first losses agree (no penalty in LoRA's)."""
+    reference = losses["frozen"]
+    for name, loss in losses.items():
+        # fp32 sums in another order; AdaLoRA's loss holds a penalty, compared in the parity tests
+        if name != "adalora" and abs(loss - reference) > 1e-4 * abs(reference):
+            raise SystemExit(f"{name} starts at loss {loss}, the frozen model at {reference}")
+
+
+def memory(name: str, batch: int, length: int) -> None:
+    """Print the peak memory of a few steps as JSON (run in a process of its own)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method = Method(name, device)
+    rows = batch_of(batch, length, device)
+    for _ in range(3):
+        method.step(rows)
+    print(json.dumps({"peak_mb": peak_memory_mb()}))
+
+
+def missed(results: dict[str, Any], batch: int) -> list[str]:
+    """The bounds that do not hold at this batch size, in words."""
+    found = []
+    for method, reference, at, bound in BOUNDS:
+        if at == batch:
+            ratio = ratio_of(results, method, reference)
+            if ratio > bound:
+                found.append(f"batch {batch}: {method} / {reference} = {ratio:.3f} > {bound}")
+    ours, peer = (results[name].get("peak_mb", 0.0) for name in ("hal-direct", "adalora"))
+    if ours > peer:
+        found.append(f"batch {batch}: hal-direct peaks at {ours:.0f} MB, adalora at {peer:.0f} MB")
+    return found
+
+
+def ratio_of(results: dict[str, Any], method: str, reference: str) -> float:
+    ratio: float = results[method]["step"]["median_ms"] / results[reference]["step"]["median_ms"]
+    return ratio
+
+
+def table(results: dict[str, Any], batch: int, length: int) -> Table:
+    view = Table(title=f"batch {batch} × {length} tokens: milliseconds, median [quartiles]")
+    for column in ("method", "step", "÷ floor", "÷ AdaLoRA", *PHASES, "peak MB"):
+        view.add_column(column, justify="left" if column == "method" else "right")
+    for name, result in results.items():
+        step = result["step"]
+        phases = [
+            f"{result['phases'][p]['median_ms']:.1f}" if p in result["phases"] else "–"
+            for p in PHASES
+        ]
+        view.add_row(
+            name,
+            f"{step['median_ms']:.1f} [{step['q1_ms']:.1f}–{step['q3_ms']:.1f}]",
+            f"{ratio_of(results, name, 'floor'):.3f}",
+            f"{ratio_of(results, name, 'adalora'):.3f}",
+            *phases,
+            f"{result['peak_mb']:.0f}" if "peak_mb" in result else "–",
+        )
+    return view
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    options.add_argument("--length", type=int, default=128, help="tokens a row")
+    options.add_argument("--repeats", type=int, default=20)
+    options.add_argument("--warmup", type=int, default=3)
+    options.add_argument("--memory", choices=METHODS, help="print one method's peak memory")
+    arguments = options.parse_args()
+    if arguments.memory:
+        memory(arguments.memory, arguments.batch[0], arguments.length)
+        return 0
+    if arguments.quick:
+        arguments.batch, arguments.repeats, arguments.warmup = [1], 3, 1
+    console, misses = Console(), []
+    for batch in arguments.batch:
+        results = measure(batch, arguments.length, arguments.repeats, arguments.warmup)
+        if not arguments.quick:
+            for name in METHODS:
+                own = in_own_process(
+                    "bench.step", "--memory", name, "--batch", str(batch),
+                    "--length", str(arguments.length),
+                )  # fmt: skip
+                results[name] |= own
+        console.print(table(results, batch, arguments.length))
+        if not arguments.no_save:
+            row = {"batch": batch, "length": arguments.length, "repeats": arguments.repeats}
+            append_row("step", row | {"methods": results}, Path(arguments.out))
+        misses += missed(results, batch)
+    for miss in misses:
+        console.print(f"missed: {miss}")
+    return 1 if misses and not arguments.quick else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
