@@ -6,6 +6,7 @@ device; a faster backend registers the same operator under its own dispatch key 
 ``CUDA`` for Triton), which the dispatcher prefers. Nothing else has to change for it.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ def define(
     *,
     default: Callable[..., Any],
     fake: Callable[..., Any] | None,
+    cuda: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
@@ -28,6 +30,8 @@ def define(
     Args:
         schema: what ``Library.define`` takes, e.g. ``"name(Tensor x) -> Tensor"``.
         default: implementation for every device, run below autograd.
+        cuda: implementation in Triton, for CUDA and ROCm devices, with the default's signature. It
+            imports its kernels when it is first called; where triton is missing the default serves.
         fake: returns empty outputs from input shapes; None for operators that return nothing.
         setup_context, backward: as for `torch.library.register_autograd`. Operators that *are* a
             gradient, or that only update state, pass none: differentiating through them raises.
@@ -35,14 +39,30 @@ def define(
     name = schema.split("(", 1)[0]
     qualified = f"{NAMESPACE}::{name}"
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _without_autocast(default), "CompositeExplicitAutograd")
+    if cuda is not None and importlib.util.find_spec("triton") is not None:
+        _LIBRARY.impl(name, _without_autocast(cuda), "CUDA")
     torch.library.register_fake(qualified, fake or (lambda *args: None), lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=_LIBRARY
+            qualified, _without_autocast(backward), setup_context=setup_context, lib=_LIBRARY
         )
     elif fake is not None:
         torch.library.register_autograd(qualified, _no_gradient(name), lib=_LIBRARY)
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` in its inputs' own dtypes, also where autocast surrounds a backward pass."""
+
+    def run(*args: Any) -> Any:
+        first = next(a for a in args if isinstance(a, torch.Tensor) or (isinstance(a, list) and a))
+        device = (first[0] if isinstance(first, list) else first).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
 
 
 def _no_gradient(name: str) -> Callable[..., Any]:
@@ -59,16 +79,29 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def expect_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError naming the argument unless it is a tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+
+
+def expect_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype, why: str) -> None:
+    """Raise TypeError naming the argument unless it is a tensor of `dtype`."""
+    expect_tensor(name, tensor)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype} ({why})")
+
+
 def expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...], why: str) -> None:
     """Raise ValueError naming the argument unless ``tensor.shape == expected``."""
+    expect_tensor(name, tensor)
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected} ({why})")
 
 
 def expect_floating(name: str, tensor: torch.Tensor) -> None:
     """Raise TypeError naming the argument unless it is a real floating-point tensor."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    expect_tensor(name, tensor)
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating-point dtype")
 

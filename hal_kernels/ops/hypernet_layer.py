@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ._library import define, expect_floating, expect_same_device, expect_shape
+from ._library import (
+    define,
+    expect_dtype,
+    expect_floating,
+    expect_same_device,
+    expect_shape,
+    expect_tensor,
+)
 
 PARAMETERS = (
     "qkv_weight", "qkv_bias", "out_weight", "out_bias", "norm1_weight", "norm1_bias",
@@ -57,13 +64,14 @@ def hypernet_layer(
     sets, _, _, hidden = tokens.shape
     if heads <= 0 or hidden % heads:
         raise ValueError(f"heads is {heads}, expected a divisor of H = {hidden}")
-    if keys.dtype != torch.bool:
-        raise TypeError(f"keys has dtype {keys.dtype}, expected torch.bool")
+    expect_dtype("keys", keys, torch.bool, "True where a token may be attended to")
     expect_shape("keys", keys, tuple(tokens.shape[:3]), "[S, G, r]")
+    expect_same_device("tokens", tokens, keys=keys)
     missing = [name for name in PARAMETERS if name not in parameters]
     if missing:
         raise KeyError(f"parameters lacks {missing}, expected {list(PARAMETERS)}")
-    inner = parameters["up_weight"].shape[1]
+    expect_tensor("up_weight", parameters["up_weight"])
+    inner = parameters["up_weight"].shape[1] if parameters["up_weight"].dim() > 1 else -1
     shapes = {
         "qkv_weight": (3 * hidden, hidden), "qkv_bias": (3 * hidden,),
         "out_weight": (hidden, hidden), "out_bias": (hidden,),
@@ -72,6 +80,7 @@ def hypernet_layer(
     }  # fmt: skip
     for name in PARAMETERS:
         expect_shape(name, parameters[name], (sets, *shapes.get(name, (hidden,))), "[S, ...]")
+        expect_dtype(name, parameters[name], tokens.dtype, "the dtype of tokens")
         expect_same_device("tokens", tokens, **{name: parameters[name]})
     with torch.autocast(tokens.device.type, enabled=False):
         return torch.ops.hal.hypernet_layer(
@@ -143,17 +152,18 @@ def _norm_backward(
 def _split_heads(x: torch.Tensor, matrices: int, rank: int, heads: int) -> torch.Tensor:
     """``[S, G·r, H]`` -> ``[S·G·heads, r, H/heads]``."""
     return (
-        x.reshape(x.shape[0] * matrices, rank, heads, -1).transpose(1, 2).flatten(0, 1).contiguous()
+        x.reshape(x.shape[0] * matrices, rank, heads, x.shape[-1] // heads)
+        .transpose(1, 2)
+        .flatten(0, 1)
+        .contiguous()
     )
 
 
 def _join_heads(x: torch.Tensor, sets: int, matrices: int, rank: int, heads: int) -> torch.Tensor:
     """The inverse of `_split_heads`."""
-    return (
-        x.view(sets * matrices, heads, rank, -1)
-        .transpose(1, 2)
-        .reshape(sets, -1, heads * x.shape[-1])
-    )
+    width = x.shape[-1]
+    x = x.view(sets * matrices, heads, rank, width).transpose(1, 2)
+    return x.reshape(sets, matrices * rank, heads * width)
 
 
 def _forward(
@@ -170,8 +180,8 @@ def _forward(
     query, key, value = (_split_heads(part, matrices, rank, heads) for part in qkv.chunk(3, dim=-1))
     scores = torch.bmm(query, key.transpose(1, 2)).mul_(1.0 / math.sqrt(hidden // heads))
     usable = keys | ~keys.any(-1, keepdim=True)
-    barred = usable.logical_not_().view(sets * matrices, 1, 1, rank)
-    scores.view(-1, heads, rank, rank).masked_fill_(barred, -math.inf)
+    barred = usable.logical_not_().reshape(sets * matrices, 1, 1, rank)
+    scores.view(sets * matrices, heads, rank, rank).masked_fill_(barred, -math.inf)
     attention = scores.softmax(-1)
     context = _join_heads(torch.bmm(attention, value), sets, matrices, rank, heads)
     z1 = t + _linear(context, w_o, b_o)

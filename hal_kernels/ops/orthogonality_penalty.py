@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ._library import accumulation_dtype, define, expect_floating
+from ._library import accumulation_dtype, define, expect_dtype, expect_floating, expect_same_device
 from .ragged import pad, unpad
 
 KINDS = ("squared", "frobenius")
@@ -45,12 +45,20 @@ def orthogonality_penalty(
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
+    if not isinstance(factors, (list, tuple)):
+        raise TypeError(f"factors is a {type(factors).__name__}, expected a list of tensors")
     if not factors:
         raise ValueError("factors is empty, expected at least one packed tensor")
     if (offsets is None) != (max_ranks is None):
         raise ValueError("offsets and max_ranks come together: one of them is None")
     for index, factor in enumerate(factors):
         expect_floating(f"factors[{index}]", factor)
+        if accumulation_dtype(factor.dtype) != accumulation_dtype(factors[0].dtype):
+            raise TypeError(
+                f"factors[{index}] has dtype {factor.dtype}, expected {factors[0].dtype}"
+                " (the dtype of factors[0])"
+            )
+        expect_same_device("factors[0]", factors[0], **{f"factors[{index}]": factor})
         expected = 3 if offsets is None else 2
         if factor.dim() != expected:
             raise ValueError(
@@ -63,12 +71,14 @@ def orthogonality_penalty(
             for f in factors
         ]
         max_ranks = [f.shape[1] for f in factors]
-        factors = [f.reshape(-1, f.shape[2]) for f in factors]
+        factors = [f.reshape(f.shape[0] * f.shape[1], f.shape[2]) for f in factors]
     if not len(factors) == len(offsets) == len(max_ranks):
         raise ValueError(
             f"factors, offsets and max_ranks have {len(factors)}, {len(offsets)} and "
             f"{len(max_ranks)} entries, expected equally many"
         )
+    for index, offset in enumerate(offsets):
+        expect_dtype(f"offsets[{index}]", offset, torch.int64, "row numbers")
     with torch.autocast(factors[0].device.type, enabled=False):
         return torch.ops.hal.orthogonality_penalty(
             list(factors), list(offsets), list(max_ranks), kind == "squared", float(weight)

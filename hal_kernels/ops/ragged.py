@@ -16,8 +16,8 @@ def pad(rows: torch.Tensor, offsets: torch.Tensor, max_rank: int) -> torch.Tenso
     index = offsets[:-1, None] + torch.arange(max_rank, device=rows.device)
     filled = index < offsets[1:, None]
     index = index.clamp_(max=rows.shape[0] - 1)
-    padded = rows[index]
-    return padded * filled.view(count, max_rank, *[1] * (rows.dim() - 1)).to(rows.dtype)
+    filled = filled.view(count, max_rank, *[1] * (rows.dim() - 1))
+    return torch.where(filled, rows[index], rows.new_zeros(()))
 
 
 def unpad(padded: torch.Tensor, offsets: torch.Tensor, total: int) -> torch.Tensor:

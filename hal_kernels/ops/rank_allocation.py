@@ -48,14 +48,16 @@ def update_importance_(
                 f"{name} has {len(tensors)} tensors, expected {len(importance)} (as importance)"
             )
         for index, (tensor, like) in enumerate(zip(tensors, importance, strict=True)):
+            expect_floating(f"{name}[{index}]", tensor)
             if tensor.shape != like.shape:
                 raise ValueError(
                     f"{name}[{index}] has shape {tuple(tensor.shape)}, expected "
                     f"{tuple(like.shape)} (as importance[{index}])"
                 )
-    torch.ops.hal.update_importance_(
-        list(importance), list(uncertainty), list(values), list(gradients), beta1, beta2
-    )
+    with torch.no_grad():
+        torch.ops.hal.update_importance_(
+            list(importance), list(uncertainty), list(values), list(gradients), beta1, beta2
+        )
 
 
 def update_importance_reference(
@@ -90,6 +92,8 @@ def prune_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
     expect_floating("scores", scores)
     if scores.dim() != 1:
         raise ValueError(f"scores has shape {tuple(scores.shape)}, expected [R]")
+    if not isinstance(count, int):
+        raise TypeError(f"count is {count!r}, expected an int")
     if not 0 <= count <= scores.shape[0]:
         raise ValueError(
             f"count is {count}, expected 0 to {scores.shape[0]} (the number of scores)"
@@ -114,6 +118,8 @@ def _update_importance(
     beta1: float,
     beta2: float,
 ) -> None:
+    values = [v.to(i.dtype) for v, i in zip(values, importance, strict=True)]
+    gradients = [g.to(i.dtype) for g, i in zip(gradients, importance, strict=True)]
     sensitivity = torch._foreach_abs(torch._foreach_mul(values, gradients))
     torch._foreach_mul_(importance, beta1)
     torch._foreach_add_(importance, sensitivity, alpha=1 - beta1)

@@ -21,6 +21,7 @@ import torch
 from ._library import (
     accumulation_dtype,
     define,
+    expect_dtype,
     expect_floating,
     expect_same_device,
     expect_shape,
@@ -61,6 +62,11 @@ def svd_adapter_add(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     expect_floating("y", y)
+    expect_floating("x", x)
+    if y.dim() == 0:
+        raise ValueError("y has shape (), expected [..., d_out]")
+    if x.dim() == 0:
+        raise ValueError("x has shape (), expected [..., d_in]")
     if x.shape[:-1] != y.shape[:-1]:
         raise ValueError(
             f"y has leading dimensions {tuple(y.shape[:-1])}, expected {tuple(x.shape[:-1])} (x's)"
@@ -120,8 +126,12 @@ def effective(
     """Λ⊙mask, and the seed of the dropout mask (None without dropout)."""
     if mask is not None:
         expect_shape("mask", mask, tuple(lam.shape), "[r]")
+        expect_same_device("lam", lam, mask=mask)
         lam = lam * mask
-    if dropout > 0.0 and seed is None:
+    if seed is not None:
+        expect_dtype("seed", seed, torch.int64, "a scalar")
+        expect_shape("seed", seed, (), "a scalar")
+    elif dropout > 0.0:
         seed = draw_seed(x.device)
     return lam, seed if dropout > 0.0 else None
 
