@@ -2,8 +2,9 @@
 
 A checkpoint is a folder with ``adapter.json`` and one ``adapter-<digest>.safetensors``. The JSON
 file names the tensor file and its SHA-256, and replacing it is the one atomic moment of a save:
-before it the old checkpoint is whole, after it the new one is. Loading verifies both files before
-it touches the model.
+before it the old checkpoint is whole, after it the new one is. The tensor file holds a copy of
+what the JSON file says, so that neither can be altered unnoticed. Loading verifies both before it
+touches the model.
 """
 
 import hashlib
@@ -14,15 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from .config import HALConfig
 from .nn.adapter import HyperAdapter, replace_data
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import linear_widths
-from .patching import ATTRIBUTE, attach, expect_unpatched, find_adapter, owner_of, saved_modules
+from .patching import (
+    ATTRIBUTE,
+    attach,
+    enabled_adapter,
+    expect_unpatched,
+    find_adapter,
+    owner_of,
+    saved_modules,
+)
 
 FORMAT = 1
 JSON_NAME = "adapter.json"
@@ -38,21 +47,21 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError, ValueError: `model` is no module, or not patched. OSError: can't write there.
     """
-    adapter, folder = find_adapter(model), Path(path)
+    adapter, folder = enabled_adapter(model), Path(path)
     tensors = {f"{ATTRIBUTE}.{key}": value for key, value in adapter.state_dict().items()}
     for name, module in saved_modules(model):
         tensors |= {f"saved.{name}.{key}": v for key, v in module.state_dict().items()}
-    data = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
-    digest = hashlib.sha256(data).hexdigest()
-    file = f"adapter-{digest[:16]}.safetensors"
     header = {
         "format": FORMAT,
         "config": adapter.config.to_dict(),
         "layers": [vars(spec) for spec in adapter.layout.layers],
         "saved_modules": list(adapter.saved_modules),
         "steps": adapter.steps,
-        "tensors": {"file": file, "sha256": digest},
     }
+    data = serialized(tensors, {"header": json.dumps(header)})
+    digest = hashlib.sha256(data).hexdigest()
+    file = f"adapter-{digest[:16]}.safetensors"
+    header["tensors"] = {"file": file, "sha256": digest}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / file, data)
     write_atomically(folder / JSON_NAME, json.dumps(header, indent=2).encode())
@@ -73,11 +82,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected torch.nn.Module")
-    header, tensors = _read(Path(path))
+    header, tensors, original = _read(Path(path))
     try:
         config = HALConfig.from_dict(header["config"])
         specs = [LayerSpec(**values) for values in header["layers"]]
-        names = [str(name) for name in header["saved_modules"]]
+        names = list(header["saved_modules"])
+        if not specs or len({spec.name for spec in specs}) < len(specs):
+            raise ValueError(f"layers are none, or not distinct: {[s.name for s in specs]}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{Path(path) / JSON_NAME} is not a valid checkpoint: {error}") from error
     patched = any(isinstance(m, HyperAdapter) for m in model.modules())
@@ -96,6 +107,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         start = f"saved.{name}."
         saved[name] = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
         _expect_tensors(_submodule(owner, name).state_dict(), saved[name], repr(name))
+    _expect_unaltered(header, original)
     adapter.load_state_dict(state)
 
     if patched:
@@ -105,6 +117,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     for name in names:
         owner.get_submodule(name).load_state_dict(saved[name])
     return model
+
+
+def serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file's contents. Tensors that share memory are written each by itself."""
+    copies = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    return save(copies, metadata)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -133,8 +151,8 @@ def _umask() -> int:
     return mask
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The verified contents of a checkpoint folder."""
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """A checkpoint folder's header, its tensors (verified), and the header saved with them."""
     path = folder / JSON_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no adapter checkpoint ({JSON_NAME} is missing)")
@@ -142,7 +160,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         header = json.loads(path.read_bytes())
         file, digest = header["tensors"]["file"], header["tensors"]["sha256"]
         version = header["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a valid checkpoint: {error!r}") from error
     if version != FORMAT:
         raise ValueError(f"{path} has format {version!r}, expected {FORMAT}")
@@ -157,9 +175,25 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             f"{tensor_path} is damaged: its SHA-256 is {found}, {JSON_NAME} says {digest}"
         )
     try:
-        return header, load_file(tensor_path)
+        with safe_open(tensor_path, "pt") as tensors:
+            metadata = tensors.metadata() or {}
+            loaded = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{tensor_path} is not a valid safetensors file: {error}") from error
+    return header, loaded, json.loads(metadata.get("header", "{}"))
+
+
+def _expect_unaltered(header: dict[str, Any], original: dict[str, Any]) -> None:
+    stated = {key: value for key, value in header.items() if key != "tensors"}
+    if stated != original:
+        keys = sorted(stated.keys() | original.keys())
+        config, was = stated.get("config", {}), original.get("config", {})
+        altered = [f"{key!r}" for key in keys if stated.get(key) != original.get(key)]
+        altered += [f"{key!r} of the config" for key in config if config[key] != was.get(key)]
+        raise ValueError(
+            f"{JSON_NAME} was altered after it was saved: its tensors were saved with another "
+            f"{', '.join(altered)}"
+        )
 
 
 def _layers(model: nn.Module, specs: list[LayerSpec]) -> dict[str, nn.Module]:
@@ -184,7 +218,7 @@ def _layers(model: nn.Module, specs: list[LayerSpec]) -> dict[str, nn.Module]:
 def _submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
-    except AttributeError:
+    except (AttributeError, TypeError):
         raise ValueError(
             f"the checkpoint holds {name!r}, which {type(model).__name__} lacks"
         ) from None

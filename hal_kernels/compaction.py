@@ -1,9 +1,11 @@
 """`compact`: drop pruned directions for good."""
 
+import gc
+
 import torch
 from torch import nn
 
-from .nn.adapter import HyperAdapter, replace_data
+from .nn.adapter import replace_data
 from .nn.allocation import last_allocation
 from .patching import find_adapter
 
@@ -14,7 +16,7 @@ def compact(model: nn.Module) -> nn.Module:
 
     The model computes the same function with smaller factors: a layer of which everything was
     pruned costs nothing beyond its base layer. Parameters stay the same objects, and the state of
-    every optimizer that has stepped them is cut alike, so training goes on (wrap a model in
+    every torch optimizer that holds them is cut alike, so training goes on (wrap a model in
     DistributedDataParallel anew). Waits for the device once.
 
     Returns:
@@ -34,7 +36,7 @@ def compact(model: nn.Module) -> nn.Module:
     kept = adapter.mask > 0
     if bool(kept.all()):
         return model
-    layout = adapter.layout
+    layout, optimizers = adapter.layout, _optimizers()
     ranks = [int(mask.sum()) for mask in kept.cpu().split(layout.ranks)]
     if sum(ranks) == 0:
         raise ValueError("compact: every direction is pruned, nothing would be left")
@@ -48,22 +50,31 @@ def compact(model: nn.Module) -> nn.Module:
         ):
             rows = by_order[side].split([group.rows for group in groups])
             for tensor, keep in zip(tensors, rows, strict=True):
-                _keep_rows(adapter, tensor, keep)
-        _keep_rows(adapter, packed.lam, kept)
+                _keep_rows(optimizers, tensor, keep)
+        _keep_rows(optimizers, packed.lam, kept)
     if adapter.hypernet is not None:
-        _keep_rows(adapter, adapter.hypernet.lam_embedding, kept)
-    _keep_rows(adapter, adapter.mask, kept)
+        _keep_rows(optimizers, adapter.hypernet.lam_embedding, kept)
+    _keep_rows(optimizers, adapter.mask, kept)
     adapter.set_layout(layout.with_ranks(ranks))
     return model
 
 
-def _keep_rows(adapter: HyperAdapter, tensor: torch.Tensor, keep: torch.Tensor) -> None:
-    """Cut a parameter or buffer, its gradient and its optimizers' state to the rows in `keep`."""
+def _keep_rows(
+    optimizers: list[torch.optim.Optimizer], tensor: torch.Tensor, keep: torch.Tensor
+) -> None:
+    """Cut a parameter or buffer, its gradient and its state in optimizers to the rows in `keep`."""
     shape, gradient = tensor.shape, tensor.grad
     replace_data(tensor, tensor.data[keep])
     if gradient is not None:
         tensor.grad = gradient[keep]
-    for optimizer in adapter.known_optimizers():
+    for optimizer in optimizers:
         for key, value in optimizer.state.get(tensor, {}).items():
             if isinstance(value, torch.Tensor) and value.shape == shape:
                 optimizer.state[tensor][key] = value[keep]
+
+
+def _optimizers() -> list[torch.optim.Optimizer]:
+    """Every torch optimizer there is: one that was just restored has not stepped yet, and torch
+    keeps no list of them."""
+    found = (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
+    return [optimizer for optimizer in found if hasattr(optimizer, "state")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ class HALConfig:
     init_rank: int | None = None
     targets: str | Sequence[str] = "all-linear"
     exclude: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] = ("classifier", "score", "qa_outputs")
+    modules_to_save: str | Sequence[str] | None = ("classifier", "score", "qa_outputs")
     hypernet: str = "bert"
     update: str = "anchor"
     alpha: float = 8.0
@@ -82,8 +83,8 @@ class HALConfig:
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "modules_to_save"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+            if value is not None or name == "targets":
+                object.__setattr__(self, name, _pattern(name, value))
         _expect_int("rank", self.rank, 1)
         if self.init_rank is not None:
             _expect_int("init_rank", self.init_rank, 1)
@@ -97,11 +98,11 @@ class HALConfig:
         _expect_choice("penalty", self.penalty, PENALTIES)
         _expect_choice("allocation", self.allocation, ALLOCATIONS)
         _expect_choice("schedule", self.schedule, SCHEDULES)
-        _expect_number("alpha", self.alpha, above=0.0)
-        _expect_number("gamma", self.gamma, least=0.0)
-        _expect_number("dropout", self.dropout, least=0.0, below=1.0)
-        _expect_number("beta1", self.beta1, above=0.0, below=1.0)
-        _expect_number("beta2", self.beta2, above=0.0, below=1.0)
+        expect_number("alpha", self.alpha, above=0.0)
+        expect_number("gamma", self.gamma, least=0.0)
+        expect_number("dropout", self.dropout, least=0.0, below=1.0)
+        expect_number("beta1", self.beta1, above=0.0, below=1.0)
+        expect_number("beta2", self.beta2, above=0.0, below=1.0)
         _expect_int("interval", self.interval, 1)
         _expect_int("tinit", self.tinit, 0)
         _expect_int("tfinal", self.tfinal, 0)
@@ -118,6 +119,10 @@ class HALConfig:
             )
         if self.seed is not None:
             _expect_int("seed", self.seed, 0)
+            if self.seed >= 2**63:
+                raise ValueError(f"seed is {self.seed}, expected less than 2**63")
+        if not isinstance(self.skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite is {self.skip_nonfinite!r}, expected a bool")
         if self.dtype not in DTYPES.values():
             raise ValueError(f"dtype is {self.dtype}, expected one of {list(DTYPES.values())}")
 
@@ -162,6 +167,24 @@ class HALConfig:
         return cls(**values)
 
 
+def _pattern(name: str, value: Any) -> str | tuple[str, ...]:
+    """A regular expression or names, checked; a set of names in a fixed order."""
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{name} is {value!r}, expected a list of names or a regular expression ({error})"
+            ) from None
+        return value
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise TypeError(f"{name} is {value!r}, expected a list of names or a regular expression")
+    for entry in value:
+        if not isinstance(entry, str):
+            raise TypeError(f"{name} holds {entry!r}, expected names")
+    return tuple(value) if isinstance(value, list | tuple) else tuple(sorted(value))
+
+
 def _expect_int(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}, expected an int")
@@ -169,7 +192,7 @@ def _expect_int(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} is {value}, expected at least {least}")
 
 
-def _expect_number(
+def expect_number(
     name: str,
     value: Any,
     *,
@@ -177,6 +200,7 @@ def _expect_number(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> None:
+    """Raise TypeError or ValueError naming the argument unless it is a number in the range."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} is {value!r}, expected a number")
     if not (value >= least and value > above and value < below):

@@ -6,16 +6,16 @@ and alpha = r for every layer, so any reader of PEFT's format gets the same ΔW.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
-from .checkpoint import write_atomically
+from .checkpoint import serialized, write_atomically
 from .introspection import factors
-from .patching import adapted_layers, find_adapter, owner_of, saved_modules
-from .targets import is_conv1d_class
+from .patching import adapted_layers, enabled_adapter, owner_of, saved_modules
+from .targets import is_conv1d_class, matches
 
 PREFIX = "base_model.model."
 
@@ -41,7 +41,11 @@ def export_lora(
         TypeError, ValueError: `model` is no module, not patched, or every direction is pruned.
         OSError: can't write there.
     """
-    owner, config = owner_of(model), find_adapter(model).config
+    owner, config = owner_of(model), enabled_adapter(model).config
+    texts = {"task_type": task_type, "base_model_name_or_path": base_model_name_or_path}
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name} is {value!r}, expected a str or None")
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     for name, f in factors(owner).items():
@@ -60,7 +64,7 @@ def export_lora(
     layers = adapted_layers(owner)
     largest = max(ranks.values())
     # PEFT reads pattern keys as regular expressions that match a name's end.
-    pattern = {f"^{name.replace('.', chr(92) + '.')}": rank for name, rank in ranks.items()}
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     header = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -71,13 +75,23 @@ def export_lora(
         "lora_dropout": config.dropout,
         "bias": "none",
         "fan_in_fan_out": any(is_conv1d_class(layers[name]) for name in ranks),
-        "target_modules": list(ranks),
+        "target_modules": _targets(owner, list(ranks)),
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "modules_to_save": [name for name, _ in saved_modules(owner)] or None,
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    data = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
-    write_atomically(folder / "adapter_model.safetensors", data)
+    write_atomically(folder / "adapter_model.safetensors", serialized(tensors))
     write_atomically(folder / "adapter_config.json", json.dumps(header, indent=2).encode())
+
+
+def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The layers' names, or a regular expression where other modules' names end like one of them.
+
+    PEFT takes the entries of a list as endings, too.
+    """
+    others = {name for name, _ in model.named_modules()} - set(names)
+    if any(matches(name, names) for name in others):
+        return "|".join(re.escape(name) for name in names)
+    return names

@@ -3,7 +3,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from .patching import (
     adapted_layers,
     attach,
     detach_adapter,
+    enabled_adapter,
     expect_unpatched,
     find_adapter,
     owner_of,
@@ -45,7 +46,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
             weight with another module, or its merged weight would hold NaN or Inf. The model is
             then as it was.
     """
-    adapter, owner = find_adapter(model), owner_of(model)
+    adapter, owner = enabled_adapter(model), owner_of(model)
     layers = adapted_layers(owner)
     _expect_mergeable(owner, layers)
     deltas = {name: f.delta() for name, f in factors(owner).items()}
@@ -83,10 +84,13 @@ def unmerge(model: nn.Module) -> nn.Module:
     merged: _Merged = owner.__dict__.pop("_hal_merged")
     try:
         expect_unpatched(owner)
-    except ValueError:
+        names = [spec.name for spec in merged.adapter.layout.layers]
+        layers = {name: owner.get_submodule(name) for name in names}
+    except (ValueError, AttributeError) as error:
         owner.__dict__["_hal_merged"] = merged
+        if isinstance(error, AttributeError):
+            raise ValueError(f"unmerge: the model lacks one of {names} now ({error})") from None
         raise
-    layers = {spec.name: owner.get_submodule(spec.name) for spec in merged.adapter.layout.layers}
     device = next(iter(layers.values())).weight.device
     attach(owner, merged.adapter.to(device=device), layers)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -111,24 +115,37 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     if adapter.disabled:
         yield model
         return
-    trained = {}
+    owner = owner_of(model)
+    exchanged = []
+    for name, module in saved_modules(model):
+        trained = module.state_dict(keep_vars=True)
+        for key, original in adapter.saved_modules[name].items():
+            exchanged.append((trained[key], _like(trained[key], original)))
     adapter.disabled = True
+    _exchange(owner, exchanged)
     try:
-        for name, module in saved_modules(model):
-            trained[name] = {k: v.detach().clone() for k, v in module.state_dict().items()}
-            _fill(module, adapter.saved_modules[name])
         yield model
     finally:
-        for name, module in saved_modules(model):
-            if name in trained:
-                _fill(module, trained[name])
+        _exchange(owner, [(original, trained) for trained, original in exchanged])
         adapter.disabled = False
 
 
-@torch.no_grad()
-def _fill(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
-    for key, tensor in module.state_dict().items():
-        tensor.copy_(values[key])
+def _like(trained: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    moved = original.to(trained.device, trained.dtype)
+    return nn.Parameter(moved, False) if isinstance(trained, nn.Parameter) else moved
+
+
+def _exchange(model: nn.Module, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Put the second tensor of each pair wherever the model holds the first, tied places included.
+
+    The tensors themselves stay as they are, so a graph that holds them can still run backward.
+    """
+    replacement = {id(old): new for old, new in pairs}
+    for module in model.modules():
+        stores: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for store in stores:
+            for name, tensor in store.items():
+                store[name] = replacement.get(id(tensor), tensor)
 
 
 def _merged_weight(layer: AdaptedLayer, delta: torch.Tensor) -> torch.Tensor:
@@ -141,15 +158,20 @@ def _expect_mergeable(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(name)
+                owners.setdefault(parameter.untyped_storage().data_ptr(), set()).add(name)
     for name, layer in layers.items():
         if is_foreign(layer):
             assert layer._hal is not None
             kind = layer._hal.original_class.__name__
             raise ValueError(
-                f"merge: {name!r} is a {kind}, whose weight can't take ΔW; export_lora it"
+                f"merge: {name!r} is a {kind}, whose weight can't take ΔW; use export_lora"
             )
-        shared = owners[id(layer.weight)] - {name}
+        if "weight" not in layer._parameters:
+            raise ValueError(
+                f"merge: the weight of {name!r} is computed anew in each forward (weight_norm?), "
+                "which would undo the merge"
+            )
+        shared = owners[base_weight(layer).untyped_storage().data_ptr()] - {name}
         if shared:
             raise ValueError(
                 f"merge: the weight of {name!r} is shared with {sorted(shared)}, which would change"

@@ -1,5 +1,6 @@
 """`patch_model`: adapt a model's linear layers in place."""
 
+import dataclasses
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -65,6 +66,11 @@ def patch_model(
 def expect_unpatched(model: nn.Module) -> None:
     """Raise ValueError if `model` or a part of it is patched or merged already."""
     for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "model is in DistributedDataParallel already, which would not synchronise the "
+                "adapter; patch it before wrapping"
+            )
         if isinstance(module, AdaptedLayer):
             raise ValueError(
                 f"model is patched already ({name or 'the model itself'} is adapted); merge it "
@@ -99,6 +105,11 @@ def attach(model: nn.Module, adapter: HyperAdapter, layers: dict[str, nn.Module]
         model.register_forward_hook(_Closing(adapter), with_kwargs=True, always_call=True),
         model.register_load_state_dict_post_hook(_Forgetting(adapter)),
     ]
+    handles += [
+        module.register_forward_pre_hook(_leave_fast_path)
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+    ]
     embeddings = _input_embeddings(model)
     if embeddings is not None:
         handles.append(embeddings.register_forward_hook(_InputGradients(model)))
@@ -131,6 +142,14 @@ def find_adapter(model: nn.Module) -> HyperAdapter:
     return adapter
 
 
+def enabled_adapter(model: nn.Module) -> HyperAdapter:
+    """`find_adapter`, refused inside a `disabled` block, where trained modules are put aside."""
+    adapter = find_adapter(model)
+    if adapter.disabled:
+        raise ValueError("the adapter is disabled here: leave the disabled(model) block first")
+    return adapter
+
+
 def owner_of(model: nn.Module) -> nn.Module:
     """The module that was given to `patch_model`: `model` itself or a part of a wrapper."""
     return _owner(model)
@@ -146,9 +165,17 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 def _owner(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected torch.nn.Module")
-    for module in model.modules():
-        if isinstance(module._modules.get(ATTRIBUTE), HyperAdapter):
-            return module
+    owners = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module._modules.get(ATTRIBUTE), HyperAdapter)
+    }
+    if len(owners) > 1:
+        raise ValueError(
+            f"model holds several patched models, {sorted(owners)}: pass one of them at a time"
+        )
+    if owners:
+        return next(iter(owners.values()))
     if any("_hal_merged" in module.__dict__ for module in model.modules()):
         raise ValueError("model is merged: call hal_kernels.unmerge(model) first")
     raise ValueError("model is not patched: call hal_kernels.patch_model(model) first")
@@ -189,7 +216,7 @@ class _Closing(_Hook):
                 term = adapter.loss_term(counts_once=kwargs.get("num_items_in_batch") is not None)
                 if term is not None:
                     output = _with_loss(output, term)
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if adapter.needs_tie and not torch.compiler.is_compiling():
                 output = _map_tensors(output, adapter)
         finally:
             adapter.close_forward()
@@ -219,6 +246,11 @@ class _InputGradients:
             output.requires_grad_(True)
 
 
+def _leave_fast_path(module: nn.Module, args: Any) -> None:
+    """Does nothing. A hooked nn.TransformerEncoderLayer calls its linear layers in evaluation too,
+    instead of a fused kernel that reads their weights."""
+
+
 def _checkpoints_activations(model: nn.Module) -> bool:
     """Whether a transformers model recomputes activations; both of its names for it."""
     found = getattr(model, "is_activation_checkpointing", None)
@@ -239,11 +271,18 @@ def _with_loss(output: Any, term: torch.Tensor) -> Any:
             output["loss"] = added(output["loss"])
         return output
     if isinstance(output, tuple | list) and output:
-        first = added(output[0])
-        return output if first is output[0] else type(output)([first, *output[1:]])
-    if isinstance(getattr(output, "loss", None), torch.Tensor):
-        output.loss = added(output.loss)
+        return _rebuilt(output, [added(output[0]), *output[1:]])
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        if dataclasses.is_dataclass(output) and not isinstance(output, type):
+            return dataclasses.replace(output, loss=added(loss))
+        output.loss = added(loss)
     return output
+
+
+def _rebuilt(output: Any, items: list[Any]) -> Any:
+    """A list, tuple or named tuple of the same type with other items."""
+    return output._make(items) if hasattr(output, "_make") else type(output)(items)
 
 
 def _map_tensors(output: Any, adapter: HyperAdapter) -> Any:
@@ -253,8 +292,12 @@ def _map_tensors(output: Any, adapter: HyperAdapter) -> Any:
     if isinstance(output, MutableMapping):
         for key, value in list(output.items()):
             output[key] = _map_tensors(value, adapter)
-    elif isinstance(output, tuple | list) and not hasattr(output, "_fields"):
-        return type(output)(_map_tensors(value, adapter) for value in output)
+    elif isinstance(output, tuple | list):
+        return _rebuilt(output, [_map_tensors(value, adapter) for value in output])
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        fields = [field.name for field in dataclasses.fields(output) if field.init]
+        values = {name: _map_tensors(getattr(output, name), adapter) for name in fields}
+        return dataclasses.replace(output, **values)
     return output
 
 

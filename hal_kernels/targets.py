@@ -11,8 +11,10 @@ from .config import HALConfig
 from .nn.linear import AdaptedLayer, adapted_class, is_conv1d
 
 
-def matches(name: str, pattern: str | Sequence[str]) -> bool:
+def matches(name: str, pattern: str | Sequence[str] | None) -> bool:
     """Whether a module name is meant: a regular expression for all of it, or names or endings."""
+    if pattern is None:
+        return False
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == entry or name.endswith("." + entry) for entry in pattern)
@@ -42,8 +44,7 @@ def target_layers(model: nn.Module, config: HALConfig) -> dict[str, Any]:
         for name, module in model.named_modules()
         if name and not any(name == s or name.startswith(s + ".") for s in saved)
     }
-    if config.exclude is not None:
-        modules = {n: m for n, m in modules.items() if not matches(n, config.exclude)}
+    modules = {n: m for n, m in modules.items() if not matches(n, config.exclude)}
     if config.targets == "all-linear":
         kept_out = _output_head(model)
         layers = {
@@ -60,13 +61,13 @@ def target_layers(model: nn.Module, config: HALConfig) -> dict[str, Any]:
                     f"targets: {name!r} is a {type(module).__name__}, expected a linear layer "
                     "(nn.Linear, Conv1D or a quantized linear)"
                 )
+    for name, module in layers.items():
+        _expect_usable(name, module)
     if not layers:
         raise ValueError(
             f"targets is {config.targets!r}: no linear layer of {type(model).__name__} matches"
             + (f" (exclude is {config.exclude!r})" if config.exclude is not None else "")
         )
-    for name, module in layers.items():
-        _expect_usable(name, module)
     devices = {module.weight.device for module in layers.values()}
     if len(devices) > 1:
         raise ValueError(
@@ -89,6 +90,11 @@ def _expect_usable(name: str, module: Any) -> None:
         raise ValueError(
             f"targets: {name!r} has a forward function of its own (an offloading hook?), which "
             "would bypass the adapter; patch the model before such hooks are added"
+        )
+    if nn.parameter.is_lazy(module.weight):
+        raise ValueError(
+            f"targets: {name!r} is a {type(module).__name__} whose weight is uninitialized; run a "
+            "forward pass before patching"
         )
     if module.weight.device.type == "meta":
         raise ValueError(

@@ -11,7 +11,6 @@ Life of one training step
 Work over all layers is a constant number of torch calls, however many layers there are.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,8 +28,8 @@ from .recompute import Gradients, Join, Recomputed, Regenerate, Tie
 # State of a pass or a step under way, with its value in between. Never saved, never copied.
 _TRANSIENT = {
     "_live": None, "_depth": 0, "_stray": None, "_recent": None, "_cache": None,
-    "_recomputed": None, "_under_no_grad": False, "_skip": False, "_step_begins": True,
-    "_optimizers": None,
+    "_recomputed": None, "_join_pending": False, "_under_no_grad": False, "_skip": False,
+    "_step_begins": True,
 }  # fmt: skip
 
 
@@ -60,10 +59,10 @@ class HyperAdapter(nn.Module):
     _cache: tuple[Any, Generation] | None  # versions and generation, without a graph
     _recent: Packed | None  # values generated last in this step, for the state and recomputation
     _recomputed: Recomputed | None  # in a backward pass of a checkpointed model
+    _join_pending: bool  # a pass of the model has been opened whose backward has not ended
     _under_no_grad: bool  # this pass's layers ran without a graph (reentrant checkpointing)
     _skip: bool  # the optimizer step under way is being left out
     _step_begins: bool  # the next forward is an accumulation window's first
-    _optimizers: weakref.WeakSet[torch.optim.Optimizer] | None  # that stepped our parameters
 
     def __init__(self, config: HALConfig, layout: Layout, device: torch.device) -> None:
         super().__init__()
@@ -164,6 +163,10 @@ class HyperAdapter(nn.Module):
 
     # -- forward ---------------------------------------------------------------------------------
 
+    def forward(self, x: Any) -> Any:
+        """Identity: a container that calls all its children, as nn.Sequential, passes through."""
+        return x
+
     def open_forward(self) -> None:
         """Make every layer's factors ready for one forward pass of the model."""
         self._depth += 1
@@ -175,6 +178,7 @@ class HyperAdapter(nn.Module):
         if not torch.compiler.is_compiling():
             self._begin_accumulation()
         self._live = self._generate_with_graph()
+        self._join_pending = True
 
     def close_forward(self) -> None:
         """Let go of the pass's graph; also after an exception inside the model."""
@@ -198,7 +202,7 @@ class HyperAdapter(nn.Module):
             return live.views[index]
         if not torch.is_grad_enabled():
             return self._stray_current().views[index]
-        if _inside_backward() and self._recent is not None:
+        if _inside_backward() and self._join_pending and self._recent is not None:
             if self._recomputed is None:
                 self._recomputed = Recomputed(self.layout, self._views_again(self._recent))
             return self._recomputed.factors(index)
@@ -238,9 +242,14 @@ class HyperAdapter(nn.Module):
             return None
         return self.config.gamma * self.penalty(self._live.effective)
 
+    @property
+    def needs_tie(self) -> bool:
+        """Whether layers of this pass ran without a graph, so that outputs must be tied."""
+        return self._live is not None and self._under_no_grad
+
     def tie(self, output: torch.Tensor) -> torch.Tensor:
         """Make `output`'s graph reach the factors where only recomputed layers used them."""
-        if self._live is None or not self._under_no_grad or not output.requires_grad:
+        if self._live is None or not output.requires_grad:
             return output
         return Tie.apply(output, self._live.effective.lam)
 
@@ -365,6 +374,7 @@ class HyperAdapter(nn.Module):
     def _collect(self, gradients: Gradients) -> Gradients:
         """The packed gradients of a backward pass that has come to its end (see `Join`)."""
         recomputed, self._recomputed = self._recomputed, None
+        self._join_pending = False
         return gradients if recomputed is None else recomputed.added_to(gradients)
 
     # -- optimizer step --------------------------------------------------------------------------
@@ -379,10 +389,16 @@ class HyperAdapter(nn.Module):
         return self.lam if isinstance(self.lam, nn.Parameter) else next(self.parameters())
 
     def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remember who trains this adapter; skip the step if a gradient is NaN or Inf."""
-        if self._optimizers is None:
-            self._optimizers = weakref.WeakSet()
-        self._optimizers.add(optimizer)
+        """Skip the step if a gradient is NaN or Inf.
+
+        Raises:
+            RuntimeError: gradients of recomputed layers never reached the factors.
+        """
+        if self._recomputed is not None and self._recomputed.hold_gradients():
+            raise RuntimeError(
+                "gradients of layers that activation checkpointing ran again did not reach the "
+                "adapter: run the backward pass of an output of the patched model itself"
+            )
         self.skip_if_nonfinite(p for group in optimizer.param_groups for p in group["params"])
 
     def skip_if_nonfinite(self, parameters: Iterable[torch.Tensor] = ()) -> None:
@@ -399,10 +415,6 @@ class HyperAdapter(nn.Module):
                 parameter.grad = None
             # If this is the second of several optimizers, the advance is over.
             self._skip = self._recent is not None
-
-    def known_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Optimizers that have stepped this adapter's parameters and still exist."""
-        return list(self._optimizers or ())
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:

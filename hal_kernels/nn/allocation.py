@@ -68,7 +68,7 @@ def allocate(adapter: "HyperAdapter") -> None:
         scores = _average_over_processes(_scores(adapter))
         if config.schedule == "fixed":  # what is pruned stays pruned
             scores = torch.where(adapter.mask > 0, scores, -torch.inf)
-        adapter.mask.copy_(prune_smallest(scores, count - gone))
+        adapter.mask.copy_(prune_smallest(scores, max(count - gone, 0)))
     if adapter.direct and (count is not None or adapter.holds_mask):
         adapter.lam.mul_(adapter.mask)
 

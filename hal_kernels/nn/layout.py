@@ -21,6 +21,14 @@ class LayerSpec:
     d_out: int
     rank: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name is {self.name!r}, expected a layer's name")
+        for field, least in (("d_in", 1), ("d_out", 1), ("rank", 0)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{field} of layer {self.name!r} is {value!r}, expected an int")
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..config import expect_number
 from ..ops.svd_adapter_add import svd_adapter_add
 from ..ops.svd_linear import svd_linear
 from .adapter import HyperAdapter, _unit_rows
@@ -99,10 +100,13 @@ class HALLinear(AdaptedLayer, nn.Linear):
         factor_dtype: torch.dtype = torch.float32,
     ) -> "HALLinear":
         """An adapted layer around `linear`'s own weight and bias (shared, and frozen)."""
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear is a {type(linear).__name__}, expected torch.nn.Linear")
         if isinstance(linear, AdaptedLayer):
             raise ValueError("linear is adapted already")
+        if adapted_class(linear) is not HALLinear:
+            raise TypeError(
+                f"linear is a {type(linear).__name__}, expected torch.nn.Linear itself (to what "
+                "others return, hal_kernels.ops.svd_adapter_add adds the adapter)"
+            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -122,10 +126,12 @@ class HALLinear(AdaptedLayer, nn.Linear):
                 f"rank is {rank}, expected 1 to {narrowest} (the layer is "
                 f"{self.in_features} -> {self.out_features})"
             )
-        if not alpha > 0:
-            raise ValueError(f"alpha is {alpha}, expected more than 0")
+        expect_number("alpha", alpha, above=0.0)
+        expect_number("dropout", dropout)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}, expected a probability in [0, 1)")
+        if not isinstance(factor_dtype, torch.dtype):
+            raise TypeError(f"factor_dtype is {factor_dtype!r}, expected a torch.dtype")
         if not factor_dtype.is_floating_point:
             raise ValueError(f"factor_dtype is {factor_dtype}, expected a floating-point dtype")
         device = self.weight.device
@@ -158,7 +164,16 @@ class HALLinear(AdaptedLayer, nn.Linear):
         return f"{super().extra_repr()}, rank={rank}"
 
 
-class _Conv1DForward(AdaptedLayer):
+class _MadeClass(AdaptedLayer):
+    """A layer whose class is made by `_adapted_class`: pickled as what that is made of."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        assert self._hal is not None
+        mixin = _Conv1DForward if isinstance(self, _Conv1DForward) else _ForeignForward
+        return _new_layer, (mixin, self._hal.original_class), self.__dict__.copy()
+
+
+class _Conv1DForward(_MadeClass):
     """transformers' Conv1D (weight ``[d_in, d_out]``): the same operator on the transposed view."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -169,7 +184,7 @@ class _Conv1DForward(AdaptedLayer):
         return svd_linear(x, self.weight.t(), self.bias, *factors, **options)  # type: ignore[operator, arg-type]
 
 
-class _ForeignForward(AdaptedLayer):
+class _ForeignForward(_MadeClass):
     """Any other linear layer (quantized, subclassed): its own forward, then the adapter added."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -184,6 +199,11 @@ class _ForeignForward(AdaptedLayer):
 @functools.cache
 def _adapted_class(mixin: Any, base: Any) -> type[nn.Module]:
     return type(f"HAL{base.__name__}", (mixin, base), {"__module__": __name__})
+
+
+def _new_layer(mixin: Any, base: Any) -> nn.Module:
+    made = _adapted_class(mixin, base)
+    return made.__new__(made)
 
 
 def adapted_class(layer: nn.Module) -> type[nn.Module] | None:

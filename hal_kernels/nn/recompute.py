@@ -36,9 +36,13 @@ class Recomputed:
             self.leaves[index] = (p, lam, q)
         return self.leaves[index]
 
+    def hold_gradients(self) -> bool:
+        """Whether a backward pass has left gradients in the leaves."""
+        return any(leaf.grad is not None for leaves in self.leaves.values() for leaf in leaves)
+
     def added_to(self, gradients: Gradients) -> Gradients:
         """Packed gradients, in the order of `Packed.tensors`, with those of the leaves added."""
-        if all(leaf.grad is None for leaves in self.leaves.values() for leaf in leaves):
+        if not self.hold_gradients():
             return gradients
 
         def packed(part: int, layers: Sequence[int]) -> torch.Tensor:

@@ -1,0 +1,386 @@
+"""Files of a checkpoint: what is written, and what a kill or a damaged file does."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from lifecycle import patched, small_hypernets, unchanged
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from training import adam, assert_equal, batches, state, train
+
+import hal_kernels
+from hal_kernels import load_adapter, save_adapter
+
+JSON = "adapter.json"
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    small_hypernets(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A trained "direct" model and the folder it was saved in. Not to be changed."""
+    model = patched(init_rank=3, interval=2, allocation="ema")
+    train(model, adam(model), batches(model, 5))
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    save_adapter(model, folder)
+    return model, folder
+
+
+def copied(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def tensor_file(folder):
+    (found,) = folder.glob("adapter-*.safetensors")
+    return found
+
+
+def rewrite(folder, change=None, tensors=None):
+    """Alter the JSON, or the tensors and all that vouches for them."""
+    header = json.loads((folder / JSON).read_text())
+    if tensors is not None:
+        with safe_open(tensor_file(folder), "pt") as file:
+            metadata = file.metadata()
+        values = load_file(tensor_file(folder))
+        tensors(values)
+        data = save(values, metadata)
+        header["tensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+        tensor_file(folder).write_bytes(data)
+    if change is not None:
+        change(header)
+    (folder / JSON).write_text(json.dumps(header))
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_files_and_their_content(saved):
+    model, folder = saved
+    assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".safetensors"]
+    header = json.loads((folder / JSON).read_text())
+    digest = hashlib.sha256(tensor_file(folder).read_bytes()).hexdigest()
+    assert tensor_file(folder).name == f"adapter-{digest[:16]}.safetensors"
+    assert header["tensors"] == {"file": tensor_file(folder).name, "sha256": digest}
+    assert header["format"] == 1 and header["steps"] == 5
+    assert hal_kernels.HALConfig.from_dict(header["config"]) == model.hal.config
+    assert header["layers"][0] == {"name": "up.0", "d_in": 16, "d_out": 24, "rank": 3}
+    assert header["saved_modules"] == ["classifier"]
+    tensors = load_file(tensor_file(folder))
+    assert set(tensors) == {f"hal.{k}" for k in model.hal.state_dict()} | {
+        "saved.classifier.weight",
+        "saved.classifier.bias",
+    }
+
+
+def test_saving_changes_nothing_and_replaces_the_former_files(tmp_path):
+    model = patched()
+    folder = tmp_path / "a" / "b"
+    for steps in range(3):
+        train(model, adam(model), batches(model, 1))
+        with unchanged(model):
+            save_adapter(model, str(folder))
+        assert len(list(folder.iterdir())) == 2
+        assert load_adapter(models.net(), str(folder)).hal.steps == steps + 1
+    (folder / "README.md").write_text("mine")
+    save_adapter(model, folder)  # the same state again
+    assert len(list(folder.iterdir())) == 3
+    assert oct(os.stat(folder / JSON).st_mode & 0o777) == oct(0o666 & ~current_umask())
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_leftovers_of_killed_saves_do_not_matter(saved, tmp_path):
+    model, folder = saved
+    folder = copied(folder, tmp_path)
+    (folder / f".{JSON}.abc").write_text("{")
+    (folder / ".adapter-0.safetensors.x").write_bytes(b"half")
+    (folder / "adapter-00.safetensors").write_bytes(b"whole, but no JSON names it")
+    assert_equal(state(load_adapter(models.net(), folder)), state(model))
+    save_adapter(model, folder)
+    assert not (folder / "adapter-00.safetensors").exists()
+    assert_equal(state(load_adapter(models.net(), folder)), state(model))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    model = patched()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with unchanged(model), pytest.raises(OSError, match="file"):
+            save_adapter(model, path)
+        with unchanged(model), pytest.raises(OSError, match="file"):
+            hal_kernels.export_lora(model, path)
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_full_disk_leaves_the_former_checkpoint(call, saved, tmp_path, monkeypatch):
+    model, folder = saved
+    folder = copied(folder, tmp_path)
+    other = patched(seed=3)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    names = sorted(p.name for p in folder.iterdir())
+    with monkeypatch.context() as patch:
+        if call == "write":
+            patch.setattr(os, "fdopen", full)
+        else:
+            patch.setattr(os, call, full)
+        with pytest.raises(OSError, match="No space left"):
+            save_adapter(other, folder)
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert_equal(state(load_adapter(models.net(), folder)), state(model))
+
+
+# -- SIGKILL ---------------------------------------------------------------------------------------
+
+
+def two_models():
+    return [patched(models.net(hidden=512, seed=seed)) for seed in (1, 2)]
+
+
+def nursery(pipe):
+    """Runs in a process of its own, without threads: forks one that saves, whenever asked to."""
+    torch.set_num_threads(1)
+    pair = two_models()
+    for folder, pause in iter(pipe.recv, None):
+        child = os.fork()
+        if not child:
+            save_for_ever(pair, folder, pause)
+        pipe.send(child)
+        os.waitpid(child, 0)
+        pipe.send("gone")
+
+
+def save_for_ever(pair, folder, pause):
+    swap = os.replace
+
+    def replace(source, target):
+        time.sleep(pause)
+        swap(source, target)
+        time.sleep(pause)
+
+    os.replace = replace
+    while True:
+        for model in pair:
+            save_adapter(model, folder)
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_sigkill_at_any_moment_of_a_save(tmp_path):
+    expected = [state(model) for model in two_models()]
+    chance, seen, files = random.Random(0), set(), set()
+    pipe, end = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=nursery, args=(end,))
+    process.start()
+    # With pauses, kills fall between the two files of a save; without, anywhere.
+    for pause in (0.0, 0.01):
+        folder = tmp_path / str(pause)
+        begun = time.perf_counter()
+        save_adapter(two_models()[1], folder)
+        one_save = time.perf_counter() - begun + 4 * pause
+        for _ in range(12):
+            pipe.send((folder, pause))
+            child = pipe.recv()
+            time.sleep(chance.uniform(0.0, 3 * one_save))
+            os.kill(child, signal.SIGKILL)
+            assert pipe.recv() == "gone"
+            loaded = state(load_adapter(models.net(hidden=512, seed=7), folder))
+            found = [i for i, s in enumerate(expected) if same(loaded, s)]
+            assert len(found) == 1, "the checkpoint is neither of the two states"
+            seen.add(found[0])
+            files.add(len([p for p in folder.iterdir() if p.suffix == ".safetensors"]))
+    pipe.send(None)
+    process.join()
+    assert seen == {0, 1}, "every kill left the same state"
+    assert 2 in files, "no kill fell between the two files"
+
+
+# -- damage ----------------------------------------------------------------------------------------
+
+
+def refuse(folder, message, error=ValueError):
+    """Loading fails, into an unpatched model and a patched one, and changes neither."""
+    message = rf"{message}|adapter\.json was altered after it was saved"
+    plain, adapted = models.net(), patched(init_rank=3, interval=2, allocation="ema", seed=2)
+    for model in (plain, adapted):
+        with unchanged(model), pytest.raises(error, match=message):
+            load_adapter(model, folder)
+
+
+def test_no_checkpoint(tmp_path):
+    refuse(tmp_path, r"holds no adapter checkpoint \(adapter\.json is missing\)", FileNotFoundError)
+    refuse(tmp_path / "nowhere", r"holds no adapter checkpoint", FileNotFoundError)
+
+
+@pytest.mark.parametrize("left", [0, 1, 7, 100, -1])
+def test_truncated_tensor_file(left, saved, tmp_path):
+    folder = copied(saved[1], tmp_path)
+    data = tensor_file(folder).read_bytes()
+    tensor_file(folder).write_bytes(data[:left])
+    refuse(folder, r"adapter-\w+\.safetensors is damaged: its SHA-256 is \w+, adapter\.json says")
+
+
+def test_flipped_bits_of_the_tensor_file(saved, tmp_path):
+    folder = copied(saved[1], tmp_path)
+    data = tensor_file(folder).read_bytes()
+    chance = random.Random(0)
+    for position in (0, len(data) - 1, *(chance.randrange(len(data)) for _ in range(10))):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << chance.randrange(8)
+        tensor_file(folder).write_bytes(flipped)
+        refuse(folder, "is damaged: its SHA-256")
+
+
+def test_missing_and_swapped_tensor_file(saved, tmp_path):
+    folder = copied(saved[1], tmp_path)
+    other = tmp_path / "other"
+    save_adapter(patched(init_rank=3, interval=2, allocation="ema", seed=6), other)
+    shutil.copy(tensor_file(other), tensor_file(folder))
+    refuse(folder, "is damaged: its SHA-256")
+    name = tensor_file(folder).name
+    tensor_file(folder).unlink()
+    refuse(folder, f"names {name}, which is missing")
+
+
+def test_flipped_bits_of_the_json(saved, tmp_path):
+    """Whatever a single flipped bit does to the JSON, no other adapter than the saved one loads."""
+    model, folder = saved
+    folder = copied(folder, tmp_path)
+    data = (folder / JSON).read_bytes()
+    expected, chance = state(model), random.Random(0)
+    for position in chance.sample(range(len(data)), 120):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << chance.randrange(8)
+        (folder / JSON).write_bytes(flipped)
+        target = models.net()
+        try:
+            load_adapter(target, folder)
+        except (ValueError, FileNotFoundError):
+            continue
+        assert target.hal.config == model.hal.config, bytes(flipped[position - 20 : position + 20])
+        assert_equal(state(target), expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "3", '"adapter"', "{}", '{"format": 1}', "\ud800", "[" * 100_000],
+    ids=lambda text: repr(text[:16]),
+)
+def test_json_that_is_no_checkpoint(text, saved, tmp_path):
+    folder = copied(saved[1], tmp_path)
+    (folder / JSON).write_bytes(text.encode("utf-8", "surrogatepass"))
+    refuse(folder, r"adapter\.json is not a valid checkpoint")
+
+
+def put(*path_and_value):
+    *path, key, value = path_and_value
+
+    def change(header):
+        for part in path:
+            header = header[part]
+        header[key] = value
+
+    return change
+
+
+def drop(key):
+    return lambda header: header.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("format", 2), r"has format 2, expected 1"),
+        (put("format", "1"), r"has format '1', expected 1"),
+        (put("tensors", "file", "../adapter.safetensors"), r"names the tensor file '\.\./adap"),
+        (put("tensors", "file", "/etc/passwd"), r"names the tensor file '/etc/passwd'"),
+        (put("tensors", "file", 3), r"names the tensor file 3, expected a plain file name"),
+        (put("tensors", "file", ".."), r"names (the tensor file )?'?\.\."),
+        (put("tensors", "file", JSON), r"adapter\.json is damaged: its SHA-256"),
+        (put("tensors", "sha256", "0" * 64), r"is damaged: its SHA-256 is \w+, adapter\.js"),
+        (put("tensors", []), r"not a valid checkpoint"),
+        (put("config", "learning_rate", 1.0), r"config has unknown options \['learning_rate'\]"),
+        (put("config", "gamma", "0.1"), r"gamma is '0\.1', expected a number"),
+        (put("config", "dtype", "int8"), r"dtype is 'int8', expected one of"),
+        (put("config", "rank", 9), r"init_rank is 3, expected at least rank = 9"),
+        (put("config", "init_rank", None), r"init_rank"),
+        (put("config", "init_rank", 1000), r"init_rank"),
+        (put("config", "targets", 5), r"targets"),
+        (put("config", "modules_to_save", "("), r"modules_to_save"),
+        (put("config", "modules_to_save", []), r"modules_to_save|saved_modules|classifier"),
+        (put("config", "modules_to_save", ["up.0"]), r"modules_to_save|saved_modules|up\.0"),
+        (put("config", []), r"not a valid checkpoint|don't fit"),
+        (put("config", "hypernet", "bert"), r"missing .*unexpected|hypernet='bert'"),
+        (put("layers", 3), r"not a valid checkpoint"),
+        (put("layers", []), r"layers"),
+        (put("layers", [{"name": "up.0"}]), r"not a valid checkpoint"),
+        (put("layers", 0, "rank", 4), r"has shape \(6, 16\), expected \(7, 16\)"),
+        (put("layers", 0, "rank", "3"), r"rank"),
+        (put("layers", 0, "rank", -3), r"rank|shape"),
+        (put("layers", 0, "d_in", 8), r"'up\.0' as 8 -> 24, here it is 16 -> 24"),
+        (put("layers", 0, "name", "query"), r"'query'"),
+        (put("layers", 0, "name", 3), r"3"),
+        (put("layers", 0, "name", "up"), r"'up'"),
+        (put("layers", 1, {"name": "up.0", "d_in": 16, "d_out": 24, "rank": 3}), r"up\.[01]"),
+        (drop("layers"), r"'layers'"),
+        (drop("config"), r"'config'"),
+        (drop("saved_modules"), r"'saved_modules'"),
+        (put("saved_modules", 3), r"not a valid checkpoint"),
+        (put("saved_modules", []), r"classifier"),
+        (put("saved_modules", ["head"]), r"'head'"),
+        (put("saved_modules", ["up.0"]), r"'up\.0'"),
+        (put("steps", "many"), r"steps"),
+        (put("steps", 99), r"steps"),
+    ],
+)
+def test_altered_json(change, message, saved, tmp_path):
+    folder = copied(saved[1], tmp_path)
+    rewrite(folder, change)
+    refuse(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (drop("hal.mask"), r"missing \['mask'\], unexpected \[\]"),
+        (put("hal.extra", torch.ones(1)), r"missing \[\], unexpected \['extra'\]"),
+        (put("hal.lam", torch.ones(5)), r"'lam' for the adapter has shape \(5,\)"),
+        (drop("saved.classifier.bias"), r"'classifier' don't fit; missing \['bias'\]"),
+        (put("saved.classifier.weight", torch.ones(4, 16)), r"'weight' for 'classifier' has shape"),
+        (put("hal._extra_state", torch.ones(2, dtype=torch.int64)), r"_extra_state"),
+    ],
+)
+def test_altered_tensors(tensors, message, saved, tmp_path):
+    folder = copied(saved[1], tmp_path)
+    rewrite(folder, tensors=tensors)
+    refuse(folder, message)
+
+
+def test_a_file_that_is_no_safetensors(saved, tmp_path):
+    folder = copied(saved[1], tmp_path)
+    data = b"\xff" * 64
+    tensor_file(folder).write_bytes(data)
+    rewrite(folder, put("tensors", "sha256", hashlib.sha256(data).hexdigest()))
+    refuse(folder, "is not a valid safetensors file")

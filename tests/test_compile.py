@@ -1,0 +1,195 @@
+"""torch.compile(fullgraph=True) trains as eager does, and a changed mask compiles nothing anew.
+
+torch.compile(model) runs a model's hooks outside of its forward's graph and compiles them each by
+itself; a function that calls the model is one graph.
+"""
+
+import models
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from training import adam, assert_close, batches, budget_used, gradients, kept, state
+
+import hal_kernels
+
+HYPERNETS = ["direct", "bert"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def patched(make, hypernet, **options):
+    defaults = {"init_rank": 3, "interval": 1, "prune_per_interval": 1, "seed": 0}
+    return hal_kernels.patch_model(
+        make(dtype=torch.float64), 2, hypernet=hypernet, dtype=torch.float64, **(defaults | options)
+    )
+
+
+def compiled(model):
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(model, fullgraph=True, backend=counter), counter
+
+
+@pytest.mark.parametrize("make", [models.net, models.bert])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_training(hypernet, make):
+    """Loss, gradients, state and masks over steps that prune, from one compilation."""
+    eager, model = patched(make, hypernet), patched(make, hypernet)
+    run, counter = compiled(model)
+    optimizers = [adam(eager), adam(model)]
+    masks, frames = set(), None
+    for index, inputs in enumerate(batches(eager, 5)):
+        expected = models.loss_of(eager(**inputs))
+        loss = models.loss_of(run(**inputs))
+        # aot_eager runs the same operators; sums of gradients may be in another order
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+        for term in (expected, loss):
+            term.backward()
+        assert_close(gradients(model), gradients(eager), 1e-7)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert kept(model) == kept(eager)
+        assert_close(state(model), state(eager), 1e-7)
+        masks.add(str(kept(model)))
+        if index == 0:
+            frames = counter.frame_count
+        assert model.hal.steps == index + 1
+    assert len(masks) > 2
+    assert counter.frame_count == frames, "compiled anew after the first step"
+    assert budget_used(model) < 3 * len(model.hal.layout.layers)
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_one_graph(hypernet):
+    """Generation, model, loss and penalty of five training steps that prune."""
+    eager, model = patched(models.net, hypernet), patched(models.net, hypernet)
+    run, counter = compiled(lambda inputs: models.loss_of(model(**inputs)))
+    optimizers = [adam(eager), adam(model)]
+    for inputs in batches(model, 5):
+        models.loss_of(eager(**inputs)).backward()
+        run(inputs).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_close(state(model), state(eager), 1e-7)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("allocation", ["ema", "magnitude"])
+@pytest.mark.parametrize("update", ["replace", "residual"])
+def test_other_options(update, allocation):
+    options = {"update": update, "allocation": allocation, "penalty": "frobenius"}
+    eager, model = (patched(models.net, "bert", **options) for _ in range(2))
+    run, _ = compiled(model)
+    optimizers = [adam(eager), adam(model)]
+    for inputs in batches(eager, 3):
+        models.loss_of(eager(**inputs)).backward()
+        models.loss_of(run(**inputs)).backward()
+        assert_close(gradients(model), gradients(eager), 1e-7)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_close(state(model), state(eager), 1e-7)
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_dropout(hypernet):
+    """The graph draws its seeds from torch's generator: reproducible, and different every step."""
+    model = patched(models.net, hypernet, dropout=0.5)
+    optimizer = adam(model)
+    for inputs in batches(model, 2):
+        models.loss_of(model(**inputs)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    run, _ = compiled(model)
+    inputs = models.batch(model)
+    torch.manual_seed(0)
+    first, second = (models.logits_of(run(**inputs)) for _ in range(2))
+    torch.manual_seed(0)
+    again = models.logits_of(run(**inputs))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("make", [models.net, models.bert])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_evaluation(hypernet, make):
+    """Under no_grad, before and after a step: the factors of the moment, not of the first call."""
+    model = patched(make, hypernet)
+    run, counter = compiled(model.eval())
+    optimizer = adam(model)
+    frames = None
+    for inputs in batches(model, 3):
+        with torch.no_grad():
+            expected = models.logits_of(model(**inputs))
+            torch.testing.assert_close(models.logits_of(run(**inputs)), expected, rtol=1e-9, atol=0)
+        model.train()
+        models.loss_of(model(**inputs)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        frames = frames or counter.frame_count
+    assert counter.frame_count == frames
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_accumulation(hypernet):
+    """Micro-batches through the compiled model; the allocator sees the sum."""
+    eager, model = (patched(models.net, hypernet, allocation="ema") for _ in range(2))
+    run, _ = compiled(model)
+    optimizers = [adam(eager), adam(model)]
+    for index, inputs in enumerate(batches(eager, 6)):
+        for forward in (eager, run):
+            (models.loss_of(forward(**inputs)) / 2).backward()
+        if index % 2:
+            assert_close(gradients(model), gradients(eager), 1e-7)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert model.hal.steps == eager.hal.steps == 3
+    assert_close(state(model), state(eager), 1e-7)
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_compiled_and_eager_calls_mixed(hypernet):
+    """Compiled training steps and eager evaluation of the same model, in turns."""
+    eager, model = patched(models.net, hypernet), patched(models.net, hypernet)
+    run, _ = compiled(model)
+    optimizers = [adam(eager), adam(model)]
+    for index, inputs in enumerate(batches(eager, 4)):
+        forwards = (eager, model if index % 2 else run)
+        for forward, optimizer in zip(forwards, optimizers, strict=True):
+            models.loss_of(forward(**inputs)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                models.logits_of(model(**inputs)), models.logits_of(eager(**inputs)),
+                rtol=1e-6, atol=1e-9,
+            )  # fmt: skip
+    assert_close(state(model), state(eager), 1e-7)
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_bad_step_of_a_compiled_model(hypernet):
+    model = patched(models.net, hypernet)
+    run, _ = compiled(model)
+    optimizer = adam(model)
+    inputs = models.batch(model)
+    models.loss_of(run(**inputs)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = state(model)
+    (models.loss_of(run(**inputs)) * float("nan")).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(torch.equal(t, before[n]) for n, t in state(model).items())
+    assert model.hal.steps == 1
+    models.loss_of(run(**inputs)).backward()
+    optimizer.step()
+    assert model.hal.steps == 2

@@ -1,0 +1,107 @@
+"""HALConfig: defaults, checks, JSON. The table of wrong values is in test_errors.py."""
+
+import dataclasses
+import json
+
+import models
+import pytest
+import torch
+
+from hal_kernels import HALConfig, patch_model
+
+OTHER = {
+    "rank": 4, "init_rank": 7, "targets": ("query", "value"), "exclude": r".*pooler.*",
+    "modules_to_save": ("head",), "hypernet": "cnn", "update": "residual", "alpha": 16.0,
+    "dropout": 0.1, "gamma": 0.5, "penalty": "frobenius", "allocation": "ema",
+    "schedule": "cubic", "interval": 10, "prune_per_interval": 5, "tinit": 20, "tfinal": 30,
+    "total_step": 200, "beta1": 0.9, "beta2": 0.8, "dtype": torch.float64, "seed": 3,
+    "skip_nonfinite": False,
+}  # fmt: skip
+
+
+def test_defaults():
+    config = HALConfig()
+    assert dataclasses.asdict(config) == {
+        "rank": 3, "init_rank": None, "targets": "all-linear", "exclude": None,
+        "modules_to_save": ("classifier", "score", "qa_outputs"), "hypernet": "bert",
+        "update": "anchor", "alpha": 8.0, "dropout": 0.0, "gamma": 0.1, "penalty": "squared",
+        "allocation": "sensitivity", "schedule": "fixed", "interval": 100,
+        "prune_per_interval": None, "tinit": 0, "tfinal": 0, "total_step": None, "beta1": 0.85,
+        "beta2": 0.85, "dtype": torch.float32, "seed": None, "skip_nonfinite": True,
+    }  # fmt: skip
+
+
+def test_it_is_frozen_and_compares_by_value():
+    config = HALConfig(**OTHER)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 5
+    assert config == HALConfig(**OTHER) and config != HALConfig()
+    assert hash(config) == hash(HALConfig(**OTHER))
+
+
+@pytest.mark.parametrize("options", [{}, OTHER, {"dtype": torch.bfloat16, "targets": ["a", "b"]}])
+def test_json_round_trip(options):
+    config = HALConfig(**options)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert HALConfig.from_dict(values) == config
+    assert values.keys() == {f.name for f in dataclasses.fields(HALConfig)}
+
+
+def test_every_field_is_in_the_other_example():
+    """So that the round trip above covers a field that is added later."""
+    default = dataclasses.asdict(HALConfig())
+    assert default.keys() == OTHER.keys()
+    assert all(OTHER[name] != value for name, value in default.items())
+
+
+def test_lists_become_tuples():
+    config = HALConfig(targets=["a"], exclude=["b"], modules_to_save=["c"])
+    assert (config.targets, config.exclude, config.modules_to_save) == (("a",), ("b",), ("c",))
+
+
+def test_from_dict_fills_in_defaults_and_leaves_its_argument_alone():
+    values = {"rank": 2, "dtype": "bfloat16"}
+    config = HALConfig.from_dict(values)
+    assert config == HALConfig(rank=2, dtype=torch.bfloat16)
+    assert values == {"rank": 2, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "init_rank", "narrowest", "expected"),
+    [
+        (3, None, 100, 5),
+        (2, None, 100, 3),
+        (1, None, 100, 2),
+        (4, None, 5, 5),  # held to what the narrowest layer allows
+        (4, None, 4, 4),
+        (3, 8, 8, 8),
+        (3, 3, 8, 3),
+    ],
+)
+def test_init_rank(rank, init_rank, narrowest, expected):
+    config = HALConfig(rank=rank, init_rank=init_rank).with_init_rank(narrowest)
+    assert config.init_rank == expected
+
+
+def test_scaling():
+    assert HALConfig(rank=4, alpha=10.0).scaling == 2.5
+    model = patch_model(models.net(), 4, alpha=10.0, hypernet="direct")
+    assert model.hal.config.scaling == 2.5
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_patch_model_takes_every_option(name):
+    value = OTHER[name]
+    options = {"hypernet": "direct", name: value}
+    if name in ("targets", "exclude"):
+        options[name] = ["up.0"]
+    if name == "schedule":
+        options["total_step"] = 200
+    model = patch_model(models.net(), **options)
+    found = getattr(model.hal.config, name)
+    assert found == (("up.0",) if name in ("targets", "exclude") else value)
+
+
+def test_whole_numbers_are_numbers():
+    config = HALConfig(alpha=16, gamma=0, dropout=0)
+    assert config.scaling == 16 / 3 and config.gamma == 0

@@ -1,0 +1,259 @@
+"""export_lora: the adapter in PEFT's format, loaded by PEFT, gives the same logits."""
+
+import json
+import os
+import warnings
+
+import models
+import pytest
+import torch
+from lifecycle import HYPERNETS, patched, predict, prune, prune_layer, small_hypernets, unchanged
+from safetensors.torch import load_file
+from torch import nn
+from training import adam, batches, train
+
+import hal_kernels
+from hal_kernels import export_lora
+
+peft = pytest.importorskip("peft")
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+MAKERS = {"bert": models.bert, "llama": models.llama, "gpt2": models.gpt2, "net": models.net}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    small_hypernets(monkeypatch)
+
+
+def in_peft(base, folder):
+    """The exported adapter on a fresh base model, as PEFT loads it; every tensor must be used."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(base, folder)
+    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
+    assert not missing, missing
+    return model
+
+
+def assert_same_logits(model, base, folder, dtype):
+    expected = predict(model)
+    found = in_peft(base.eval(), folder).eval()
+    with torch.no_grad():
+        logits = models.logits_of(found(**models.batch(base)))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE[dtype])
+    return found
+
+
+def trained(make, dtype=torch.float32, **options):
+    model = patched(make(dtype=dtype), dtype=dtype, **options)
+    train(model, adam(model, 3e-3), batches(model, 3))
+    return model
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_peft_gives_the_same_logits(maker, dtype, tmp_path):
+    make = MAKERS[maker]
+    model = trained(make, dtype, init_rank=3)
+    prune(model, 0, 4, 5)
+    assert (predict(model) - predict(make(dtype=dtype))).abs().max() > 1e-2
+    with unchanged(model):
+        export_lora(model, tmp_path)
+    found = assert_same_logits(model, make(dtype=dtype), tmp_path, dtype)
+    head = found.base_model.model.get_submodule("classifier") if maker in ("bert", "net") else None
+    assert head is None or torch.equal(
+        head.modules_to_save["default"].weight, model.classifier.weight
+    )
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_generated_factors(hypernet, tmp_path):
+    model = trained(models.net, hypernet=hypernet, update="residual", init_rank=3)
+    prune(model, 1, 2)
+    export_lora(model, tmp_path)
+    assert_same_logits(model, models.net(), tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_layer_that_keeps_nothing_is_no_target(compacted, tmp_path):
+    model = trained(models.bert, torch.float64)
+    layer = "bert.encoder.layer.1.attention.self.value"
+    prune_layer(model, layer)
+    if compacted:
+        hal_kernels.compact(model)
+    export_lora(model, tmp_path)
+    header = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert layer not in header["target_modules"] and len(header["target_modules"]) == 12
+    assert_same_logits(model, models.bert(dtype=torch.float64), tmp_path, torch.float64)
+
+
+class Branches(nn.Module):
+    """Layers whose names end alike: q and attn.q, layers 1 and 11, out and a Tanh called out."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(16, 16)
+        self.attn = nn.ModuleDict({"q": nn.Linear(16, 16), "out": nn.Tanh()})
+        self.layer = nn.ModuleList(nn.Linear(16, 16) for _ in range(12))
+        self.out = nn.Linear(16, 16)
+        self.classifier = nn.Linear(16, 3)
+
+    def forward(self, x, labels=None):
+        x = self.attn["out"](self.q(x) + self.attn["q"](x))
+        for layer in self.layer:
+            x = x + torch.tanh(layer(x))
+        return {"logits": self.classifier(self.out(x))}
+
+
+def branches():
+    torch.manual_seed(0)
+    return Branches().double()
+
+
+@pytest.mark.parametrize(
+    ("kept", "targets"),
+    [
+        ({"q": 3, "attn.q": 2, "layer.1": 1, "layer.11": 3}, ["q", "layer.1", "layer.11"]),
+        ({"q": 1, "attn.q": 0, "layer.1": 0, "layer.11": 2}, ["q", "layer.1", "layer.11"]),
+        ({"q": 2, "layer.1": 2}, r"q|layer\.1"),  # attn.q is not adapted at all
+        ({"out": 2}, r"out"),  # attn.out is nothing that PEFT could adapt
+    ],
+)
+def test_names_that_end_alike(kept, targets, tmp_path):
+    model = patched(branches(), init_rank=3, dtype=torch.float64, targets=targets)
+    layout = model.hal.layout
+    assert [spec.name for spec in layout.layers] == list(kept)
+    for spec, start in zip(layout.layers, layout.offsets, strict=False):
+        prune(model, *range(start + kept[spec.name], start + 3))
+    export_lora(model, tmp_path)
+    base = branches()
+    found = assert_same_logits(model, base, tmp_path, torch.float64)
+    ranks = {
+        name.removeprefix("base_model.model."): module.r["default"]
+        for name, module in found.named_modules()
+        if hasattr(module, "lora_A") and module.r
+    }
+    assert ranks == {name: rank for name, rank in kept.items() if rank}
+
+
+def test_after_compact(tmp_path):
+    model = trained(models.bert, torch.float64, init_rank=3)
+    prune(model, *range(0, 39, 4))
+    export_lora(model, tmp_path / "before")
+    hal_kernels.compact(model)
+    export_lora(model, tmp_path / "after")
+    for folder in ("before", "after"):
+        base = models.bert(dtype=torch.float64)
+        assert_same_logits(model, base, tmp_path / folder, torch.float64)
+
+
+def test_foreign_layers_are_exported(tmp_path):
+    from test_patching import quantized_net
+
+    model = patched(quantized_net())
+    inputs = models.batch(models.net())
+    export_lora(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    f = hal_kernels.factors(model)["up.0"]
+    a, b = (tensors[f"base_model.model.up.0.lora_{x}.weight"] for x in "AB")
+    torch.testing.assert_close(b @ a, f.delta())
+    assert torch.isfinite(predict(model, **inputs)).all()
+
+
+def test_bf16_base(tmp_path):
+    model = patched(models.net(dtype=torch.bfloat16))
+    export_lora(model, tmp_path)
+    expected, found = predict(model), in_peft(models.net(dtype=torch.bfloat16).eval(), tmp_path)
+    with torch.no_grad():
+        logits = found.eval()(**models.batch(model))["logits"]
+    error = (logits.double() - expected.double()).norm() / expected.double().norm()
+    assert error < 2e-2  # each of four layers rounds its output to 8 bits, 2⁻⁹ of it
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_config_and_tensors(tmp_path):
+    model = patched(models.bert(), init_rank=3, dropout=0.25, alpha=5.0)
+    prune(model, 0)
+    model.name_or_path = "somebody/bert"
+    export_lora(model, tmp_path, task_type="SEQ_CLS")
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    header = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    assert config.task_type == "SEQ_CLS" and config.inference_mode
+    assert config.base_model_name_or_path == "somebody/bert"
+    assert config.lora_dropout == 0.25 and config.bias == "none" and not config.fan_in_fan_out
+    assert header["modules_to_save"] == ["classifier"]
+    assert header["target_modules"] == list(hal_kernels.rank_pattern(model))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    first = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    assert tensors[f"{first}.lora_A.weight"].shape == (2, 32)
+    assert tensors[f"{first}.lora_B.weight"].shape == (32, 2)
+    assert torch.equal(tensors["base_model.model.classifier.weight"], model.classifier.weight)
+
+
+def test_base_model_name_can_be_given(tmp_path):
+    model = patched()
+    export_lora(model, tmp_path, base_model_name_or_path="me/mine")
+    header = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert header["base_model_name_or_path"] == "me/mine"
+    export_lora(model, tmp_path)
+    header = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert header["base_model_name_or_path"] is None and header["task_type"] is None
+
+
+def test_dropout_is_carried_over(tmp_path):
+    export_lora(patched(dropout=0.5), tmp_path)
+    found = in_peft(models.net(), tmp_path)
+    drops = [m.p for m in found.modules() if isinstance(m, nn.Dropout)]
+    assert drops == [0.5] * 4
+
+
+def test_conv1d_is_marked(tmp_path):
+    export_lora(patched(models.gpt2()), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"]
+
+
+def test_nothing_to_save_in_full(tmp_path):
+    export_lora(patched(modules_to_save=()), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] is None
+    model = patched(modules_to_save=())
+    assert_same_logits(model, models.net(), tmp_path, torch.float32)
+
+
+def test_trained_modules_that_share_a_parameter(tmp_path):
+    options = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    model = patched(models.llama(tie_word_embeddings=True), **options)
+    train(model, adam(model), batches(model, 2))
+    export_lora(model, tmp_path)
+    assert_same_logits(model, models.llama(tie_word_embeddings=True), tmp_path, torch.float32)
+
+
+def test_merging_in_peft_equals_merging_here(tmp_path):
+    model = trained(models.bert, torch.float64)
+    export_lora(model, tmp_path)
+    merged = in_peft(models.bert(dtype=torch.float64), tmp_path).merge_and_unload()
+    hal_kernels.merge(model)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], weight, rtol=1e-12, atol=1e-12)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_everything_pruned(tmp_path):
+    model = patched()
+    prune(model, *range(12))
+    message = r"export_lora: every direction is pruned, there is nothing to export"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        export_lora(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_not_patched(tmp_path):
+    for model in (models.net(), hal_kernels.merge(patched())):
+        with unchanged(model), pytest.raises(ValueError, match=r"model is (not patched|merged)"):
+            export_lora(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,505 @@
+"""patch_model: which layers it takes, what it changes about a model, and what it refuses."""
+
+import models
+import pytest
+import torch
+from lifecycle import patched, predict, stir, unchanged
+from torch import nn
+from torch.nn import functional as F
+from training import adam, train, trainable
+
+import hal_kernels
+from hal_kernels import HALLinear, patch_model, rank_pattern
+
+ALL = ["up.0", "up.1", "down.0", "down.1"]
+
+
+def names(model, **options):
+    """Names of the layers that patching adapts."""
+    patch_model(model, 2, hypernet="direct", **options)
+    return list(rank_pattern(model))
+
+
+def matters(model, name):
+    """Whether the adapter of one layer shows in the model's output."""
+    before = predict(model)
+    lam = hal_kernels.factors(model)[name].lam
+    kept = lam.clone()
+    lam.fill_(2.0)
+    model.hal.forget()
+    changed = not torch.equal(predict(model), before)
+    lam.copy_(kept)
+    model.hal.forget()
+    return changed
+
+
+# -- targets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ALL),
+        ({"targets": "all-linear"}, ALL),
+        ({"targets": ["up.1", "down.0"]}, ["up.1", "down.0"]),
+        ({"targets": ("0",)}, ["up.0", "down.0"]),
+        ({"targets": {"1"}}, ["up.1", "down.1"]),
+        ({"targets": r"up\.\d"}, ["up.0", "up.1"]),
+        ({"targets": "up.0"}, ["up.0"]),
+        ({"targets": r".*\.1"}, ["up.1", "down.1"]),
+        ({"exclude": ["up.0", "down.1"]}, ["up.1", "down.0"]),
+        ({"exclude": r"up\..*"}, ["down.0", "down.1"]),
+        ({"exclude": ["nowhere"]}, ALL),
+        ({"targets": ["0", "1"], "exclude": ["up.0"]}, ["up.1", "down.0", "down.1"]),
+        ({"modules_to_save": ()}, [*ALL, "classifier"]),
+        ({"modules_to_save": None}, [*ALL, "classifier"]),
+        ({"modules_to_save": ["up.0"]}, ["up.1", "down.0", "down.1", "classifier"]),
+        ({"modules_to_save": ["up"]}, ["down.0", "down.1", "classifier"]),
+    ],
+)
+def test_targets(options, expected):
+    assert names(models.net(), **options) == expected
+
+
+def test_an_ending_must_be_whole_names():
+    model = models.net()
+    model.sup = nn.ModuleList([nn.Linear(16, 16)])
+    assert names(model, targets=["up.0"]) == ["up.0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ["up.0", "query"]}, r"targets: 'query' matches no module"),
+        ({"targets": r"block\d"}, r"targets is 'block\\\\d': no linear layer of Net matches"),
+        ({"targets": []}, r"targets is \(\): no linear layer of Net matches"),
+        ({"exclude": ".*"}, r"no linear layer of Net matches \(exclude is '\.\*'\)"),
+        ({"targets": ["classifier"]}, r"targets: 'classifier' matches no module"),
+    ],
+)
+def test_targets_that_match_nothing(options, message):
+    model = models.net()
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        patch_model(model, **options)
+
+
+def test_target_that_is_no_linear_layer():
+    model = models.net()
+    with unchanged(model), pytest.raises(TypeError, match=r"targets: 'up' is a ModuleList, expec"):
+        patch_model(model, targets=["up", "down.0"])
+
+
+def test_modules_to_save_are_trained_in_full_and_only_the_outermost_is_named():
+    model = models.net()
+    model.classifier = nn.ModuleDict({"classifier": nn.Linear(16, 3)})
+    model.empty = nn.ModuleDict({"score": nn.Tanh()})
+    patch_model(model, 2, hypernet="direct")
+    assert list(model.hal.saved_modules) == ["classifier"]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    head = {"classifier.classifier.weight", "classifier.classifier.bias"}
+    assert head < trained
+    assert all(name.startswith("hal.") for name in trained - head)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_linear_leaves_out_the_output_head_and_embeddings(tied):
+    found = names(models.llama(tie_word_embeddings=tied))
+    assert len(found) == 14 and all(name.startswith("model.layers.") for name in found)
+
+
+def test_a_tied_head_named_explicitly_is_adapted():
+    model = models.llama(tie_word_embeddings=True)
+    assert names(model, targets=["lm_head"]) == ["lm_head"]
+
+
+def test_a_head_known_by_its_weight_alone():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body = nn.Embedding(8, 16), nn.Linear(16, 16)
+            self.decoder = nn.Linear(16, 8, bias=False)
+            self.decoder.weight = self.embed.weight
+
+    assert names(Tied()) == ["body"]
+
+
+def test_head_found_by_its_name_where_the_model_does_not_say():
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(8, 16)
+            self.body = nn.Linear(16, 16)
+            self.lm_head = nn.Linear(16, 8)
+
+    assert names(Language()) == ["body"]
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """x -> {"logits": …} through whatever layers it is given."""
+
+    def __init__(self, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.classifier = nn.Linear(16, 3)
+
+    def forward(self, x, labels=None):
+        for name, layer in self.named_children():
+            if name != "hal":
+                x = layer(x)
+        return {"logits": x, "loss": F.cross_entropy(x, labels)} if labels is not None else x
+
+
+def test_multihead_attention_is_left_out_and_refused_by_name():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2)
+            self.proj = nn.Linear(16, 16)
+
+    assert names(Attending()) == ["proj"]
+    model = Attending()
+    message = r"targets: 'attention\.out_proj' is a NonDynamicallyQuantizableLinear, expected"
+    with unchanged(model), pytest.raises(TypeError, match=message):
+        patch_model(model, targets=["out_proj"])
+
+
+def test_transformer_encoder_uses_its_adapters_in_evaluation_too():
+    """torch's fast path reads linear1.weight and never calls linear1."""
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    patch_model(model, 2, hypernet="direct")
+    stir(model)
+    x = torch.randn(3, 5, 16)
+    expected = model.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), expected.detach())
+
+
+def test_sequential_itself_can_be_patched():
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16))
+    x = torch.randn(2, 16)
+    expected = model(x)
+    assert names(model) == ["0", "2"]
+    assert torch.equal(model(x), expected)
+    stir(model)
+    assert not torch.equal(model(x), expected)
+
+
+def test_conv1d_layers_are_adapted():
+    model = models.gpt2()
+    base = predict(model)
+    found = names(model)
+    assert len(found) == 8 and "lm_head" not in found
+    assert torch.equal(predict(model), base)
+    assert all(matters(model, name) for name in found)
+
+
+def test_shared_module_called_twice():
+    layer = nn.Linear(16, 16)
+
+    class Twice(Holder):
+        def forward(self, x, labels=None):
+            x = torch.tanh(self.layer(torch.tanh(self.layer(x))))
+            logits = self.classifier(x)
+            return {"logits": logits, "loss": F.cross_entropy(logits, labels)}
+
+    model = patched(Twice(layer=layer).double(), dtype=torch.float64, gamma=0.0)
+    inputs = models.batch(models.net(dtype=torch.float64))
+    f = hal_kernels.factors(model)["layer"]
+    p, lam, q = (t.detach().clone().requires_grad_() for t in (f.p, f.lam, f.q))
+    weight = layer.weight + f.scaling * ((p * lam) @ q).t()
+    h = inputs["x"]
+    for _ in range(2):
+        h = torch.tanh(F.linear(h, weight, layer.bias))
+    expected = F.cross_entropy(model.classifier(h), inputs["labels"])
+    expected.backward()
+    loss = model(**inputs)["loss"]
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(model.hal.lam.grad, lam.grad)
+    torch.testing.assert_close(model.hal.p_16.grad, p.grad.t())
+    torch.testing.assert_close(model.hal.q_16.grad, q.grad)
+
+
+def test_module_under_two_names_has_one_adapter():
+    layer = nn.Linear(16, 16)
+    model = Holder(a=layer, b=layer)
+    assert names(model) == ["a"]
+    assert model.a is model.b and matters_once(model)
+
+
+def matters_once(model):
+    stir(model)
+    x = torch.randn(2, 16)
+    adapted = model(x)
+    with hal_kernels.disabled(model):
+        return not torch.equal(model(x), adapted)
+
+
+def test_tied_linears_have_an_adapter_each():
+    a, b = nn.Linear(16, 16), nn.Linear(16, 16)
+    b.weight = a.weight
+    model = Holder(a=a, b=b)
+    assert names(model) == ["a", "b"]
+    assert model.a.weight is model.b.weight
+    assert "a.weight" in model.state_dict() and "b.weight" in model.state_dict()
+    stir(model)
+    first, second = hal_kernels.factors(model).values()
+    assert not torch.equal(first.p, second.p)
+
+
+def test_layers_in_module_lists_and_dicts():
+    tree = nn.ModuleDict({"x": nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])})
+    assert names(Holder(tree=tree)) == ["tree.x.0", "tree.x.1"]
+
+
+class Doubling(nn.Linear):
+    """A foreign layer: its own forward, with an argument of its own."""
+
+    def forward(self, x, times=2.0):
+        return times * super().forward(x)
+
+
+def test_subclass_keeps_its_own_forward():
+    layer = Doubling(16, 16)
+    model = patched(Holder(layer=layer))
+    assert isinstance(layer, Doubling) and type(layer) is not Doubling
+    f, x = hal_kernels.factors(model)["layer"], torch.randn(4, 16)
+    for arguments, times in (((), 2.0), ((3.0,), 3.0)):
+        expected = times * F.linear(x, layer.weight, layer.bias) + x @ f.delta().t()
+        torch.testing.assert_close(layer(x, *arguments), expected)
+
+
+class Int8Linear(nn.Linear):
+    """A quantized layer as in bitsandbytes or torchao: int8 weight, one scale a row."""
+
+    def __init__(self, linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        weight = (linear.weight.detach() / scale).round().to(torch.int8)
+        self.bias = linear.bias
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def quantized_net():
+    model = models.net()
+    for part in (model.up, model.down):
+        for index, linear in enumerate(part):
+            part[index] = Int8Linear(linear)
+    return model
+
+
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
+def test_quantized_layers_train(hypernet):
+    model = quantized_net()
+    base = predict(model)
+    patch_model(model, 2, hypernet=hypernet, seed=0)
+    assert list(rank_pattern(model)) == ALL
+    assert torch.equal(predict(model), base)
+    weights = [layer.weight.clone() for layer in model.up]
+    optimizer = adam(model, 1e-3 if hypernet == "bert" else 3e-2)
+    losses = train(model, optimizer, [models.batch(model)] * 8)
+    assert losses[-1] < losses[0]
+    assert all(map(torch.equal, weights, (layer.weight for layer in model.up)))
+    assert all(layer.weight.dtype == torch.int8 for layer in model.up)
+    with hal_kernels.disabled(model):
+        assert torch.equal(predict(model), base)
+
+
+def test_weight_of_a_tensor_subclass_takes_the_foreign_path():
+    class Tagged(torch.Tensor):
+        pass
+
+    model = models.net()
+    layer = model.up[0]
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Tagged), requires_grad=False)
+    patch_model(model, 2, hypernet="direct")
+    assert not isinstance(layer, HALLinear) and isinstance(model.up[1], HALLinear)
+    assert isinstance(layer, nn.Linear) and matters(model, "up.0")
+
+
+def test_torchao_layers_train():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = models.net()
+    torchao.quantize_(model.up, torchao.Int8WeightOnlyConfig())
+    patch_model(model, 2, hypernet="direct")
+    losses = train(model, adam(model, 3e-2), [models.batch(model)] * 8)
+    assert losses[-1] < losses[0]
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def refuse(model, error, message, **options):
+    with unchanged(model), pytest.raises(error, match=message):
+        patch_model(model, **options)
+
+
+def test_meta_weights_are_refused():
+    with torch.device("meta"):
+        model = models.Net()
+    refuse(model, ValueError, r"'up\.0' is on the meta device; load the weights before patching")
+
+
+def test_cpu_and_meta_weights_are_refused():
+    model = models.net()
+    model.down[1].to("meta")
+    refuse(model, ValueError, r"'down\.1' is on the meta device")
+
+
+def test_several_devices_are_refused():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = models.net()
+    with FakeTensorMode():
+        elsewhere = torch.empty(24, 16, device="cuda")
+    model.up[1].weight = nn.Parameter(elsewhere, requires_grad=False)
+    refuse(model, ValueError, r"several devices, \['cpu', 'cuda:0'\]")
+
+
+def test_lazy_layer_is_refused():
+    model = models.net()
+    model.up[0] = nn.LazyLinear(24)
+    message = r"'up\.0' .*LazyLinear|LazyLinear.*'up\.0'|'up\.0'.*(uninitialized|initialised)"
+    with pytest.raises((TypeError, ValueError), match=message):
+        patch_model(model, 2)
+
+
+def test_forward_of_the_instance_is_refused():
+    model = models.net()
+    layer = model.down[0]
+    layer.forward = lambda x: F.linear(x, layer.weight)
+    refuse(model, ValueError, r"'down\.0' has a forward function of its own")
+
+
+def test_patching_twice_is_refused():
+    model = patched()
+    refuse(model, ValueError, r"model is patched already \(up\.0 is adapted\)")
+
+
+def test_a_part_of_a_patched_model_is_refused():
+    model = patched()
+    with unchanged(model):
+        refuse(model.up, ValueError, r"model is patched already \(0 is adapted\)")
+
+
+def test_a_model_that_holds_a_patched_part_is_refused():
+    refuse(Holder(part=patched()), ValueError, r"patched already \(part\.up\.0 is adapted\)")
+
+
+def test_attribute_in_the_way_is_refused():
+    model = models.net()
+    model.hal = 3
+    refuse(model, ValueError, r"model has an attribute 'hal'")
+
+
+def test_rank_wider_than_a_layer_is_refused():
+    model = models.net(hidden=5)
+    refuse(model, ValueError, r"rank is 6, expected at most 5", rank=6)
+    refuse(model, ValueError, r"init_rank is 6, expected at most 5", rank=5, init_rank=6)
+    patch_model(model, 5, hypernet="direct")  # init_rank is held to what the layer allows
+    assert set(rank_pattern(model).values()) == {5}
+
+
+# -- what patching changes -------------------------------------------------------------------------
+
+
+def test_only_the_adapter_and_modules_to_save_are_trained():
+    for hypernet in ("direct", "bert"):
+        model = models.net()
+        patch_model(model, 2, hypernet=hypernet)
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == name.startswith(("hal.", "classifier."))
+
+
+def test_a_head_frozen_before_is_trained_after():
+    model = models.net().requires_grad_(False)
+    patch_model(model, 2, hypernet="direct")
+    assert {"classifier.weight", "classifier.bias"} < {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_state_dict_gains_the_adapter_and_keeps_the_rest():
+    model = models.net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    patch_model(model, 2, hypernet="direct")
+    after = model.state_dict()
+    assert list(before) == [k for k in after if not k.startswith("hal.")]
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert len(after) > len(before)
+
+
+@pytest.mark.parametrize("make", [models.net, models.gpt2, quantized_net])
+def test_modules_parameters_and_hooks_stay_the_same_objects(make):
+    model = make()
+    seen = []
+    layer = model.get_submodule("up.0" if hasattr(model, "up") else "transformer.h.0.attn.c_attn")
+    kind = type(layer)
+    layer.register_forward_hook(lambda module, args, output: seen.append(module))
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    assert patch_model(model, 2, hypernet="direct") is model
+    for name, module in modules.items():
+        assert model.get_submodule(name) is module
+    for name, parameter in parameters.items():
+        assert model.get_parameter(name) is parameter
+    assert isinstance(layer, kind) and type(layer) is not kind
+    predict(model)
+    assert seen == [layer]
+
+
+def test_repr_shows_the_rank():
+    model = patched(init_rank=3)
+    assert "in_features=16, out_features=24, bias=True, rank=3" in repr(model.up[0])
+    assert "rank=2, init_rank=3, hypernet='direct'" in repr(model)
+
+
+def test_config_and_options_are_the_same_thing():
+    config = hal_kernels.HALConfig(rank=2, hypernet="direct", seed=3, alpha=4.0)
+    by_config, by_options = models.net(), models.net()
+    patch_model(by_config, config=config)
+    patch_model(by_options, 2, hypernet="direct", seed=3, alpha=4.0)
+    assert by_config.hal.config == by_options.hal.config
+    for left, right in zip(trainable(by_config), trainable(by_options), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_seed_decides_the_factors_and_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    first, second, other = (
+        patch_model(models.net(), 2, hypernet="direct", seed=seed).hal.p_16 for seed in (5, 5, 6)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    patch_model(models.net(), 2, hypernet="direct")
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("hypernet", ["direct", "bert", "mlp", "cnn"])
+@pytest.mark.parametrize("update", ["anchor", "residual"])
+def test_a_new_adapter_changes_no_output(hypernet, update):
+    model = models.net()
+    base = predict(model)
+    patch_model(model, 2, hypernet=hypernet, update=update)
+    assert torch.equal(predict(model), base)
+
+
+def test_replace_starts_elsewhere():
+    model = models.net()
+    base = predict(model)
+    patch_model(model, 2, hypernet="bert", update="replace")
+    assert not torch.equal(predict(model), base)
+
+
+def test_every_layer_takes_part():
+    model = patch_model(models.net(), 2, hypernet="direct")
+    assert all(matters(model, name) for name in ALL)
