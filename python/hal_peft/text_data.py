@@ -1,0 +1,125 @@
+"""Labelled sentences: the records every text classification here works on, and a JSONL reader."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text, or pair of texts, and the file it came from."""
+
+    text: str
+    label: int
+    pair: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and held-out examples; `Example.label` indexes `label_names`."""
+
+    train: list[Example]
+    dev: list[Example]
+    label_names: list[str]
+    description: str
+
+
+def read_jsonl_pair(train_file: Path, dev_file: Path) -> Dataset:
+    """Read a training and a held-out JSONL file (plain or .gz) into one data set.
+
+    Each line holds ``sentence`` or ``text``, or ``sentence1`` and ``sentence2``, and a ``label``
+    that is an int or a str. Labels are numbered in the order of the training file's sorted labels.
+
+    Raises:
+        ValueError: a line that does not fit, naming file and line; fewer than two labels.
+        OSError: a file that cannot be read.
+    """
+    train_rows = list(_read_rows(train_file))
+    dev_rows = list(_read_rows(dev_file))
+    labels = _sorted_labels([label for _, _, label, _ in train_rows])
+    if len(labels) < 2:
+        found = ", ".join(repr(label) for label in labels) or "none"
+        raise ValueError(f"{train_file}: need at least two different labels, found {found}")
+    number = {label: index for index, label in enumerate(labels)}
+    for _, _, label, where in dev_rows:
+        if label not in number:
+            raise ValueError(f"{where}: label {label!r} does not occur in {train_file}")
+
+    def examples(rows: Sequence[_Row]) -> list[Example]:
+        return [Example(text, number[label], pair, where) for text, pair, label, where in rows]
+
+    return Dataset(
+        train=examples(train_rows),
+        dev=examples(dev_rows),
+        label_names=[str(label) for label in labels],
+        description=f"{train_file.name} and {dev_file.name}",
+    )
+
+
+_Label = int | str
+_Row = tuple[str, str | None, _Label, str]
+
+
+def _read_rows(path: Path) -> Iterator[_Row]:
+    """Yield (text, pair or None, label, "file:line") of every non-empty line."""
+    found = False
+    with _open_text(path) as stream:
+        try:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    found = True
+                    yield _parse_row(line, f"{path}:{number}")
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"{path}: not a UTF-8 JSONL file ({error})") from error
+    if not found:
+        raise ValueError(f"{path}: holds no line")
+
+
+def _open_text(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return cast(IO[str], gzip.open(path, "rt", encoding="utf-8"))
+    return path.open(encoding="utf-8")
+
+
+def _parse_row(line: str, where: str) -> _Row:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    text, pair = _texts(record, where)
+    label = record.get("label")
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise ValueError(f'{where}: "label" must be an int or a str, found {label!r}')
+    return text, pair, label, where
+
+
+def _texts(record: dict[str, Any], where: str) -> tuple[str, str | None]:
+    for first, second in (("sentence1", "sentence2"), ("sentence", None), ("text", None)):
+        if first not in record:
+            continue
+        text = _string(record, first, where)
+        return text, None if second is None else _string(record, second, where)
+    raise ValueError(
+        f'{where}: expected "sentence", "text", or "sentence1" and "sentence2"; '
+        f"found {', '.join(map(repr, record)) or 'no key'}"
+    )
+
+
+def _string(record: dict[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f'{where}: "{key}" must be a str, found {value!r}')
+    return value
+
+
+def _sorted_labels(labels: Sequence[_Label]) -> list[_Label]:
+    """Distinct labels: ints in numeric order, before strs in alphabetic order."""
+    return sorted(set(labels), key=lambda label: (isinstance(label, str), label))
