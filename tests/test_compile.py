@@ -80,23 +80,6 @@ def test_one_graph(hypernet):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("allocation", ["ema", "magnitude"])
-@pytest.mark.parametrize("update", ["replace", "residual"])
-def test_other_options(update, allocation):
-    options = {"update": update, "allocation": allocation, "penalty": "frobenius"}
-    eager, model = (patched(models.net, "bert", **options) for _ in range(2))
-    run, _ = compiled(model)
-    optimizers = [adam(eager), adam(model)]
-    for inputs in batches(eager, 3):
-        models.loss_of(eager(**inputs)).backward()
-        models.loss_of(run(**inputs)).backward()
-        assert_close(gradients(model), gradients(eager), 1e-7)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert_close(state(model), state(eager), 1e-7)
-
-
 @pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_dropout(hypernet):
     """The graph draws its seeds from torch's generator: reproducible, and different every step."""

@@ -3,7 +3,6 @@
 One file an operator: formula, public function, reference, default backend, gradient, schema.
 """
 
-from ..backends import load_native
 from .hypernet_layer import hypernet_layer, hypernet_layer_reference
 from .orthogonality_penalty import orthogonality_penalty, orthogonality_penalty_reference
 from .rank_allocation import (
@@ -29,5 +28,3 @@ __all__ = [
     "update_importance_",
     "update_importance_reference",
 ]
-
-load_native()
