@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from .compaction import torch_optimizers
 from .config import HALConfig
 from .nn.adapter import HyperAdapter, replace_data
 from .nn.layout import LayerSpec, Layout
-from .nn.linear import linear_widths
+from .nn.linear import AdaptedLayer, adapted_class, linear_widths
 from .patching import (
     ATTRIBUTE,
     attach,
@@ -32,6 +33,7 @@ from .patching import (
     owner_of,
     saved_modules,
 )
+from .targets import expect_usable
 
 FORMAT = 1
 JSON_NAME = "adapter.json"
@@ -98,6 +100,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     else:
         expect_unpatched(model)
     layers = _layers(owner, specs)
+    if not patched:
+        expect_usable(layers)
     adapter = HyperAdapter(config, Layout(specs), next(iter(layers.values())).weight.device)  # type: ignore[arg-type]
     prefix = f"{ATTRIBUTE}."
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -108,9 +112,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         saved[name] = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
         _expect_tensors(_submodule(owner, name).state_dict(), saved[name], repr(name))
     _expect_unaltered(header, original)
+    adapter.to(state["lam"].dtype)  # an adapter may have been moved since it was made
     adapter.load_state_dict(state)
 
     if patched:
+        _expect_same_kind(find_adapter(model), adapter, names)
         _take_over(find_adapter(model), adapter)
     else:
         attach(owner, adapter, layers)
@@ -200,12 +206,11 @@ def _layers(model: nn.Module, specs: list[LayerSpec]) -> dict[str, nn.Module]:
     layers = {}
     for spec in specs:
         layer = _submodule(model, spec.name)
-        try:
-            widths = linear_widths(layer)
-        except (AssertionError, AttributeError):
+        if not isinstance(layer, AdaptedLayer) and adapted_class(layer) is None:
             raise ValueError(
                 f"the checkpoint adapts {spec.name!r}, which is a {type(layer).__name__} here"
-            ) from None
+            )
+        widths = linear_widths(layer)
         if widths != (spec.d_in, spec.d_out):
             raise ValueError(
                 f"the checkpoint adapts {spec.name!r} as {spec.d_in} -> {spec.d_out}, "
@@ -249,8 +254,7 @@ def _expect_tensors(
             )
 
 
-def _take_over(adapter: HyperAdapter, loaded: HyperAdapter) -> None:
-    """Make `adapter` equal `loaded`; its parameters stay the objects an optimizer holds."""
+def _expect_same_kind(adapter: HyperAdapter, loaded: HyperAdapter, saved: list[str]) -> None:
     if adapter.config.hypernet != loaded.config.hypernet or (
         set(adapter.state_dict()) != set(loaded.state_dict())
     ):
@@ -260,13 +264,30 @@ def _take_over(adapter: HyperAdapter, loaded: HyperAdapter) -> None:
             f"was patched with {adapter.config.hypernet!r}, {adapter.config.update!r}, "
             f"{adapter.config.allocation!r}"
         )
-    with torch.no_grad():
-        new = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
-        for name, tensor in [*adapter.named_parameters(), *adapter.named_buffers()]:
-            if tensor.shape == new[name].shape:
-                tensor.copy_(new[name])
-            else:
-                replace_data(tensor, new[name].data)
+    if adapter.lam.dtype != loaded.lam.dtype:
+        raise ValueError(
+            f"the checkpoint's factors have dtype {loaded.lam.dtype}, the model's "
+            f"{adapter.lam.dtype}"
+        )
+    if saved != list(adapter.saved_modules):
+        raise ValueError(
+            f"the checkpoint holds the trained modules {saved}, the model trains "
+            f"{list(adapter.saved_modules)}"
+        )
+
+
+@torch.no_grad()
+def _take_over(adapter: HyperAdapter, loaded: HyperAdapter) -> None:
+    """Make `adapter` equal `loaded`; its parameters stay the objects an optimizer holds."""
+    new = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+    optimizers = torch_optimizers()
+    for name, tensor in [*adapter.named_parameters(), *adapter.named_buffers()]:
+        if tensor.shape == new[name].shape:
+            tensor.copy_(new[name])
+            continue
+        replace_data(tensor, new[name].data)
+        for optimizer in optimizers:  # moments of other shapes: the run they belong to is gone
+            optimizer.state.pop(tensor, None)
     adapter.config = loaded.config
     adapter.set_layout(loaded.layout)
     adapter.steps = loaded.steps

@@ -36,7 +36,7 @@ def compact(model: nn.Module) -> nn.Module:
     kept = adapter.mask > 0
     if bool(kept.all()):
         return model
-    layout, optimizers = adapter.layout, _optimizers()
+    layout, optimizers = adapter.layout, torch_optimizers()
     ranks = [int(mask.sum()) for mask in kept.cpu().split(layout.ranks)]
     if sum(ranks) == 0:
         raise ValueError("compact: every direction is pruned, nothing would be left")
@@ -73,7 +73,7 @@ def _keep_rows(
                 optimizer.state[tensor][key] = value[keep]
 
 
-def _optimizers() -> list[torch.optim.Optimizer]:
+def torch_optimizers() -> list[torch.optim.Optimizer]:
     """Every torch optimizer there is: one that was just restored has not stepped yet, and torch
     keeps no list of them."""
     found = (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))

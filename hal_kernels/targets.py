@@ -61,20 +61,25 @@ def target_layers(model: nn.Module, config: HALConfig) -> dict[str, Any]:
                     f"targets: {name!r} is a {type(module).__name__}, expected a linear layer "
                     "(nn.Linear, Conv1D or a quantized linear)"
                 )
-    for name, module in layers.items():
-        _expect_usable(name, module)
     if not layers:
         raise ValueError(
             f"targets is {config.targets!r}: no linear layer of {type(model).__name__} matches"
             + (f" (exclude is {config.exclude!r})" if config.exclude is not None else "")
         )
+    expect_usable(layers)
+    return layers
+
+
+def expect_usable(layers: dict[str, Any]) -> None:
+    """Raise ValueError for layers, by name, that can't take an adapter as they are now."""
+    for name, module in layers.items():
+        _expect_usable(name, module)
     devices = {module.weight.device for module in layers.values()}
     if len(devices) > 1:
         raise ValueError(
             f"targets: the layers are on several devices, {sorted(map(str, devices))}; the packed "
             "factors need one (patch each part of the model by itself)"
         )
-    return layers
 
 
 def _expect_every_entry(modules: dict[str, nn.Module], targets: str | Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import lifecycle
 import models
 import pytest
 import torch
@@ -15,6 +16,11 @@ import hal_kernels
 from hal_kernels.nn import allocation
 
 HYPERNETS = ["direct", "bert"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    lifecycle.small_hypernets(monkeypatch)
 
 
 # ---- schedules and selection against a re-implementation ---------------------------------------
@@ -99,7 +105,7 @@ def run(options, steps, **schedule):
         yield step, model, scores.tolist(), before, free
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.data())
 def test_fixed_schedule(data):
     options = settings_of(data.draw)
@@ -118,7 +124,7 @@ def test_fixed_schedule(data):
     assert budget_used(model) == options["rank"] * options["layers"]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.data())
 def test_cubic_schedule(data):
     options = settings_of(data.draw)

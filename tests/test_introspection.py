@@ -78,6 +78,23 @@ def test_factors_follow_training():
     assert not torch.equal(factors(model)["up.0"].lam, before)
 
 
+@pytest.mark.parametrize(
+    ("hypernet", "name"), [("direct", "lam"), ("bert", "hypernet.lam_out.weight")]
+)
+def test_changes_by_hand_are_seen_at_once(hypernet, name):
+    """Averaged weights copied in: no step and no forward with gradients between."""
+    model, x = patched(hypernet=hypernet), torch.randn(3, 16)
+
+    def views():
+        with torch.no_grad():  # the model's forward, one layer called by itself, the factors
+            return predict(model), model.up[0](x), factors(model)["up.0"].delta()
+
+    before = views()
+    with torch.no_grad():
+        model.hal.get_parameter(name).mul_(0.5)
+    assert not any(map(torch.equal, before, views()))
+
+
 # -- rank_pattern ----------------------------------------------------------------------------------
 
 

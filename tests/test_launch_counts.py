@@ -1,5 +1,6 @@
 """Per-step work over all layers is a constant number of torch calls, however many there are."""
 
+import lifecycle
 import pytest
 import torch
 from ops.util import count_calls
@@ -10,6 +11,11 @@ import hal_kernels
 
 DEPTHS = (2, 12, 48)
 WIDTH = 16
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    lifecycle.small_hypernets(monkeypatch)
 
 
 class Deep(nn.Module):

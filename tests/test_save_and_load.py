@@ -83,6 +83,18 @@ def test_models_and_dtypes(make, dtype, tmp_path):
     assert torch.equal(predict(loaded), predict(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_adapter_moved_to_another_dtype(dtype, tmp_path):
+    model = patched().to(dtype)
+    train(model, adam(model), batches(model, 2))
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(models.net(dtype=dtype), tmp_path)
+    assert {n: t.dtype for n, t in state(loaded).items()} == {
+        n: t.dtype for n, t in state(model).items()
+    }
+    assert_equal(state(loaded), state(model))
+
+
 def test_a_modules_buffers_come_back(tmp_path):
     def make():
         torch.manual_seed(0)
@@ -154,6 +166,19 @@ def test_compacted_checkpoint_into_a_model_that_was_not(hypernet, tmp_path):
     assert train(target, again, data) == train(model, optimizer, data)
 
 
+def test_compacted_checkpoint_into_a_model_whose_optimizer_has_stepped(tmp_path):
+    model = patched(init_rank=3)
+    prune(model, 0, 1, 2, 7)
+    hal_kernels.compact(model)
+    save_adapter(model, tmp_path)
+    target = patched(init_rank=3)
+    optimizer = adam(target)
+    train(target, optimizer, batches(target, 1))
+    load_adapter(target, tmp_path)
+    train(target, optimizer, batches(target, 2))  # old moments must not break it
+    assert target.hal.lam.shape == (8,)
+
+
 def test_pruned_checkpoint_into_a_compacted_model(tmp_path):
     model = patched(init_rank=3)
     prune(model, 0, 5)
@@ -162,6 +187,39 @@ def test_pruned_checkpoint_into_a_compacted_model(tmp_path):
     load_adapter(model, tmp_path)
     assert model.hal.lam.shape == (12,) and int(model.hal.mask.sum()) == 10
     train(model, adam(model), batches(model, 2))
+
+
+def test_another_factor_dtype_is_not_half_taken_over(tmp_path):
+    model = patched(dtype=torch.float64)
+    prune(model, 0)
+    hal_kernels.compact(model)
+    save_adapter(model, tmp_path)
+    target = patched(dtype=torch.float32)
+    try:
+        load_adapter(target, tmp_path)
+    except ValueError as error:
+        assert "dtype" in str(error)
+    floats = [*target.hal.parameters(), target.hal.mask]
+    assert {t.dtype for t in floats} == {target.hal.config.dtype}
+    train(target, adam(target), batches(target, 1))
+
+
+def test_other_trained_modules_are_not_half_taken_over(tmp_path):
+    model = patched()
+    train(model, adam(model), batches(model, 2))
+    save_adapter(model, tmp_path)
+    target = patched(modules_to_save=(), exclude=["classifier"])
+    base = predict(models.net())
+    try:
+        load_adapter(target, tmp_path)
+    except ValueError as error:
+        assert "classifier" in str(error)
+    else:
+        assert list(target.hal.saved_modules) == ["classifier"]
+        assert target.classifier.weight.requires_grad
+        assert torch.equal(predict(target), predict(model))
+    with hal_kernels.disabled(target):
+        assert torch.equal(predict(target), base)
 
 
 # -- checkpoints that don't fit the model ----------------------------------------------------------
@@ -184,6 +242,16 @@ def test_other_layers(saved):
     misfit(deeper, folder, r"differing: \['down\.2', 'up\.2'\]")
 
 
+def test_other_kinds_of_layers(saved):
+    folder = saved[1]
+    model = models.net()
+    model.up[0] = nn.Conv1d(16, 24, 1)
+    misfit(model, folder, r"'up\.0', which is a Conv1d here")
+    model = models.net()
+    model.up[0] = nn.modules.linear.NonDynamicallyQuantizableLinear(16, 24)
+    misfit(model, folder, r"'up\.0'")
+
+
 def test_other_head(saved):
     model = models.net()
     model.classifier = nn.Linear(16, 5)
@@ -203,6 +271,16 @@ def test_other_head(saved):
 def test_other_kind_of_adapter(options, saved):
     message = r"made with hypernet='direct', update='anchor', allocation='ema'; the model"
     misfit(patched(init_rank=3, **options), saved[1], message)
+
+
+def test_layers_that_cannot_be_adapted(saved):
+    with torch.device("meta"):
+        model = models.Net()
+    misfit(model, saved[1], r"'up\.0' is on the meta device")
+    model = models.net()
+    layer = model.down[0]
+    layer.forward = lambda x: layer.weight @ x
+    misfit(model, saved[1], r"'down\.0' has a forward function of its own")
 
 
 def test_models_in_the_wrong_state(saved):

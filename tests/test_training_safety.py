@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 
+import lifecycle
 import models
 import pytest
 import torch
@@ -35,6 +36,11 @@ CUBIC = {
     "init_rank": 4, "interval": 1, "schedule": "cubic", "tinit": 2, "tfinal": 3, "total_step": 12,
     "allocation": "ema", "seed": 0,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    lifecycle.small_hypernets(monkeypatch)
 
 
 def patched_net(hypernet, **options):
@@ -258,6 +264,22 @@ def test_no_grad_sees_changed_parameters(hypernet, change):
         with torch.no_grad():
             cached = models.logits_of(model(**inputs))
         assert torch.equal(cached, models.logits_of(model(**inputs)))
+
+
+@pytest.mark.parametrize("change", [in_place, data_swap])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_submodules_under_no_grad_see_changed_parameters(hypernet, change):
+    """Called outside the model's forward they share factors that are kept between calls."""
+    model = patched_net(hypernet)
+    train(model, adam(model), batches(model, 1))
+    x = models.batch(model)["x"]
+    for parameter in model.hal.parameters():
+        with torch.no_grad():
+            model.features(x)
+        change(parameter)
+        with torch.no_grad():
+            kept_factors = model.features(x)
+        assert torch.equal(kept_factors, model.features(x))
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
@@ -862,25 +884,31 @@ def test_trainer_needs_no_callback(tmp_path):
     assert reported == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)  # no penalty
 
 
-def test_accelerate_needs_no_callback():
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_accelerate_needs_no_callback(micro_batches):
     accelerate = pytest.importorskip("accelerate")
     model, plain = (
         hal_kernels.patch_model(models.bert(), 2, hypernet="bert", interval=1, seed=0)
         for _ in range(2)
     )
-    data = batches(plain, 12)
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=1)
+    data = batches(plain, 12 * micro_batches)
+    plain_optimizer = adam(plain)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=micro_batches)
     model, optimizer = accelerator.prepare(model, adam(model))
-    losses = []
-    for inputs in data:
+    for index, inputs in enumerate(data):
         with accelerator.accumulate(model):
             loss = model(**inputs).loss
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1e6)
+            accelerator.backward(loss)  # divides
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1e6)  # multiplies by exactly one
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(loss.item())
-    # clipping at 1e6 multiplies by exactly one
-    assert losses == train(plain, adam(plain), data)
+        expected = models.loss_of(plain(**inputs))
+        assert loss.item() == expected.item()
+        (expected / micro_batches).backward()
+        if index % micro_batches == micro_batches - 1:
+            plain_optimizer.step()
+            plain_optimizer.zero_grad()
+    assert_equal(state(model), state(plain))
     assert model.hal.steps == 12
     assert budget_used(model) == 2 * len(model.hal.layout.layers)

@@ -74,7 +74,8 @@ class HyperAdapter(nn.Module):
         self.__dict__.update(_TRANSIENT)
         with torch.random.fork_rng(devices=[], enabled=config.seed is not None):
             if config.seed is not None:
-                torch.manual_seed(config.seed)
+                # The CPU's alone: torch.manual_seed would reseed every GPU, and none is restored.
+                torch.default_generator.manual_seed(config.seed)
             self._make_tensors(layout)
         self.set_layout(layout)
         self.to(device=device)

@@ -181,7 +181,7 @@ class Hypernetwork(nn.Module):
         p_rows, q_rows = [t.shape[0] for t in p], [t.shape[0] for t in q]
         return (
             [net(t) for net, t in zip(self.p_out, out_p.split(p_rows), strict=True)],
-            self.lam_out(out_lam)[:, 0],
+            self.lam_out(out_lam).flatten(),
             [net(t) for net, t in zip(self.q_out, out_q.split(q_rows), strict=True)],
         )
 
