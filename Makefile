@@ -60,8 +60,8 @@ test-slow: install ## run the slow tests alone
 coverage: install ## run the tests and report the lines of hal_kernels that none reaches
 	@$(PYTEST) --cov $(ARGS)
 
-bench: install ## measure the overhead of the adapter over the frozen layer
-	$(PY) -m bench.overhead $(ARGS)
+bench: install ## measure training steps beside LoRA, AdaLoRA and the frozen model
+	$(PY) -m bench.step $(ARGS)
 
 lint: install ## check style, formatting and types
 	$(PY) -m ruff check .

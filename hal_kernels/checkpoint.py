@@ -21,9 +21,10 @@ from torch import nn
 
 from .compaction import torch_optimizers
 from .config import HALConfig
-from .nn.adapter import HyperAdapter, replace_data
+from .nn.adapter import HyperAdapter
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, adapted_class, linear_widths
+from .nn.tensors import replace_data
 from .patching import (
     ATTRIBUTE,
     attach,

@@ -5,8 +5,8 @@ import gc
 import torch
 from torch import nn
 
-from .nn.adapter import replace_data
 from .nn.allocation import last_allocation
+from .nn.tensors import replace_data
 from .patching import find_adapter
 
 

@@ -11,7 +11,7 @@ Life of one training step
 Work over all layers is a constant number of torch calls, however many layers there are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from .allocation import allocate, last_allocation
 from .hypernet import Hypernetwork
 from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
-from .recompute import Gradients, Join, Recomputed, Regenerate, Tie
+from .recompute import Gradients, Join, Recomputed, Regenerate, Tie, inside_backward
+from .tensors import all_finite, unit_rows
 
 # State of a pass or a step under way, with its value in between. Never saved, never copied.
 _TRANSIENT = {
@@ -87,8 +88,8 @@ class HyperAdapter(nn.Module):
 
     def _make_tensors(self, layout: Layout) -> None:
         config, dtype = self.config, self.config.dtype
-        p = [_unit_rows(group.rows, group.width, dtype) for group in layout.p.groups]
-        q = [_unit_rows(group.rows, group.width, dtype) for group in layout.q.groups]
+        p = [unit_rows(group.rows, group.width, dtype) for group in layout.p.groups]
+        q = [unit_rows(group.rows, group.width, dtype) for group in layout.q.groups]
         lam = torch.zeros(layout.rows, dtype=dtype)
         if not self.direct and config.update == "replace":
             lam.normal_(std=0.05)
@@ -203,7 +204,7 @@ class HyperAdapter(nn.Module):
             return live.views[index]
         if not torch.is_grad_enabled():
             return self._stray_current().views[index]
-        if _inside_backward() and self._join_pending and self._recent is not None:
+        if inside_backward() and self._join_pending and self._recent is not None:
             if self._recomputed is None:
                 self._recomputed = Recomputed(self.layout, self._views_again(self._recent))
             return self._recomputed.factors(index)
@@ -493,33 +494,6 @@ class HyperAdapter(nn.Module):
             f"layers={len(self.layout.layers)}, rank={config.rank}, init_rank={config.init_rank}, "
             f"hypernet={config.hypernet!r}, update={config.update!r}, steps={self.steps}"
         )
-
-
-def replace_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    """Give a parameter or buffer other data, of any shape; it stays the same object."""
-    tensor.grad = None
-    if tensor.shape != data.shape and tensor.requires_grad:
-        # Graphs that are still alive keep autograd's accumulator, which remembers the old shape;
-        # only a change of dtype makes `data` drop it.
-        tensor.data = data.to(torch.float16 if data.dtype != torch.float16 else torch.float32)
-    tensor.data = data
-
-
-def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no element is NaN or Inf: one host synchronisation, a few launches in all."""
-    tensors = [t for t in tensors if t.numel()]
-    if not tensors:
-        return True
-    return bool(torch.nn.utils.get_total_norm(tensors, float("inf")).isfinite())
-
-
-def _unit_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Gaussian rows of unit norm: near-orthogonal, elements of about 1/√width."""
-    return nn.functional.normalize(torch.randn(rows, width), dim=1).to(dtype)
-
-
-def _inside_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _capturing(device: torch.device) -> bool:

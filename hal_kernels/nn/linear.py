@@ -18,7 +18,8 @@ from torch import nn
 from ..config import expect_number
 from ..ops.svd_adapter_add import svd_adapter_add
 from ..ops.svd_linear import svd_linear
-from .adapter import HyperAdapter, _unit_rows
+from .adapter import HyperAdapter
+from .tensors import unit_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +137,9 @@ class HALLinear(AdaptedLayer, nn.Linear):
             raise ValueError(f"factor_dtype is {factor_dtype}, expected a floating-point dtype")
         device = self.weight.device
         self.scaling, self.dropout = alpha / rank, dropout
-        self.p = nn.Parameter(_unit_rows(rank, self.in_features, factor_dtype).to(device))
+        self.p = nn.Parameter(unit_rows(rank, self.in_features, factor_dtype).to(device))
         self.lam = nn.Parameter(torch.zeros(rank, dtype=factor_dtype, device=device))
-        self.q = nn.Parameter(_unit_rows(rank, self.out_features, factor_dtype).to(device))
+        self.q = nn.Parameter(unit_rows(rank, self.out_features, factor_dtype).to(device))
         self.register_buffer("mask", torch.ones(rank, dtype=factor_dtype, device=device))
         self.weight.requires_grad_(False)
         if self.bias is not None:

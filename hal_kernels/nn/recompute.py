@@ -115,3 +115,8 @@ class Tie(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
+
+
+def inside_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

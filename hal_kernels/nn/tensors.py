@@ -1,0 +1,29 @@
+"""What the adapter does to tensors of any kind."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def replace_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Give a parameter or buffer other data, of any shape; it stays the same object."""
+    tensor.grad = None
+    if tensor.shape != data.shape and tensor.requires_grad:
+        # Graphs that are still alive keep autograd's accumulator, which remembers the old shape;
+        # only a change of dtype makes `data` drop it.
+        tensor.data = data.to(torch.float16 if data.dtype != torch.float16 else torch.float32)
+    tensor.data = data
+
+
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no element is NaN or Inf: one host synchronisation, a few launches in all."""
+    tensors = [t for t in tensors if t.numel()]
+    if not tensors:
+        return True
+    return bool(torch.nn.utils.get_total_norm(tensors, float("inf")).isfinite())
+
+
+def unit_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Gaussian rows of unit norm: near-orthogonal, elements of about 1/√width."""
+    return nn.functional.normalize(torch.randn(rows, width), dim=1).to(dtype)
