@@ -77,8 +77,7 @@ def penalty(model: nn.Module) -> torch.Tensor:
     Raises:
         TypeError, ValueError: `model` is no module, or not patched.
     """
-    adapter = find_adapter(model)
-    return adapter.config.gamma * adapter.penalty()
+    return find_adapter(model).penalty()
 
 
 def step(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """`patch_model`: adapt a model's linear layers in place."""
 
 import dataclasses
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import nn
 from .config import HALConfig
 from .nn.adapter import HyperAdapter
 from .nn.layout import LayerSpec, Layout
-from .nn.linear import AdaptedLayer, LayerSlot, adapted_class, linear_widths
+from .nn.linear import AdaptedLayer, HALLinear, LayerSlot, adapted_class, linear_widths
+from .nn.shared_input import SharedInput, find_groups
 from .stepping import watch
 from .targets import saved_module_names, target_layers
 
@@ -94,15 +95,19 @@ def attach(model: nn.Module, adapter: HyperAdapter, layers: dict[str, nn.Module]
         )
         for parameter in module.parameters():
             parameter.requires_grad_(True)
+    classes = {id(layer): adapted_class(layer) for layer in layers.values()}
+    plain = [layer for layer in layers.values() if classes[id(layer)] is HALLinear]
+    groups = [SharedInput(members) for members in find_groups(model, plain)]  # type: ignore[arg-type]
+    shared = {id(layer): group for group in groups for layer in group.layers}
     for index, layer in enumerate(layers.values()):
-        adapted = adapted_class(layer)
+        adapted = classes[id(layer)]
         assert adapted is not None  # target_layers took only such
-        layer.__dict__["_hal"] = LayerSlot(adapter, index, type(layer))
+        layer.__dict__["_hal"] = LayerSlot(adapter, index, type(layer), shared.get(id(layer)))
         layer.__class__ = adapted
     setattr(model, ATTRIBUTE, adapter)
     handles = [
-        model.register_forward_pre_hook(_Opening(adapter)),
-        model.register_forward_hook(_Closing(adapter), with_kwargs=True, always_call=True),
+        model.register_forward_pre_hook(_Opening(adapter, groups)),
+        model.register_forward_hook(_Closing(adapter, groups), with_kwargs=True, always_call=True),
         model.register_load_state_dict_post_hook(_Forgetting(adapter)),
     ]
     handles += [
@@ -199,12 +204,15 @@ def _input_embeddings(model: nn.Module) -> nn.Module | None:
 class _Hook:
     """Hooks are objects, not closures: a deep copy of the model gets its own, with its adapter."""
 
-    def __init__(self, adapter: HyperAdapter) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: HyperAdapter, groups: Sequence[SharedInput] = ()) -> None:
+        self.adapter, self.groups = adapter, groups
 
 
 class _Opening(_Hook):
     def __call__(self, model: nn.Module, args: Any) -> None:
+        if self.adapter.step_begins:
+            for group in self.groups:
+                group.begin_step()
         self.adapter.open_forward()
 
 
@@ -213,13 +221,15 @@ class _Closing(_Hook):
         adapter = self.adapter
         try:
             if model.training and torch.is_grad_enabled() and output is not None:
-                term = adapter.loss_term(counts_once=kwargs.get("num_items_in_batch") is not None)
-                if term is not None:
-                    output = _with_loss(output, term)
+                once = kwargs.get("num_items_in_batch") is not None
+                output = _with_loss(output, lambda: adapter.loss_term(counts_once=once))
             if adapter.needs_tie and not torch.compiler.is_compiling():
                 output = _map_tensors(output, adapter)
         finally:
             adapter.close_forward()
+            if not adapter.in_pass:
+                for group in self.groups:
+                    group.close(failed=output is None)
         return output
 
 
@@ -257,12 +267,14 @@ def _checkpoints_activations(model: nn.Module) -> bool:
     return bool(getattr(model, "is_gradient_checkpointing", False) if found is None else found)
 
 
-def _with_loss(output: Any, term: torch.Tensor) -> Any:
-    """`output` with `term` added to the loss it carries, if it carries one."""
+def _with_loss(output: Any, make_term: Callable[[], torch.Tensor | None]) -> Any:
+    """`output` with a term added to the loss it carries; it is made only if there is one."""
 
     def added(loss: Any) -> Any:
-        scalar = isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.requires_grad
-        return loss + term.to(loss.device, loss.dtype) if scalar else loss
+        if not (isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.requires_grad):
+            return loss
+        term = make_term()
+        return loss if term is None else loss + term.to(loss.device, loss.dtype)
 
     if isinstance(output, torch.Tensor):
         return added(output)

@@ -232,8 +232,8 @@ def test_eval_computes_what_training_computes(make, hypernet):
         assert torch.equal(models.logits_of(model(**inputs)), training)
         assert torch.equal(models.logits_of(model.eval()(**inputs)), training)
     assert torch.equal(models.logits_of(model.eval()(**inputs)), training)
-    with torch.inference_mode():
-        assert torch.equal(models.logits_of(model(**inputs)), training)
+    with torch.inference_mode():  # sums in another order: layers that share an input run alone here
+        torch.testing.assert_close(models.logits_of(model(**inputs)), training)
 
 
 def in_place(parameter):

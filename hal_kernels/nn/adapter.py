@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from ..config import HALConfig
-from ..ops.orthogonality_penalty import orthogonality_penalty
+from ..ops.ragged import Slots
 from .allocation import allocate, last_allocation
 from .hypernet import Hypernetwork
 from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
+from .penalty import packed_penalty
 from .recompute import Gradients, Join, Recomputed, Regenerate, Tie, inside_backward
 from .tensors import all_finite, unit_rows
 
@@ -50,6 +51,8 @@ class HyperAdapter(nn.Module):
     mask: torch.Tensor
     rows_p: torch.Tensor
     rows_q: torch.Tensor
+    positions_p: torch.Tensor
+    positions_q: torch.Tensor
     offsets_p: torch.Tensor
     offsets_lam: torch.Tensor
     offsets_q: torch.Tensor
@@ -122,15 +125,11 @@ class HyperAdapter(nn.Module):
         """Take over where each layer's rows lie (at the start, and after compaction)."""
         self.layout = layout
         device = self.mask.device
-        index = {
-            "rows_p": layout.p.rows,
-            "rows_q": layout.q.rows,
-            "offsets_p": layout.p.offsets,
-            "offsets_lam": layout.offsets,
-            "offsets_q": layout.q.offsets,
-        }
-        for side, groups in (("p", layout.p.groups), ("q", layout.q.groups)):
-            index |= {f"offsets_{side}_{g.width}": g.offsets for g in groups}
+        index = {"offsets_lam": layout.offsets}
+        for name, side in (("p", layout.p), ("q", layout.q)):
+            index |= {f"rows_{name}": side.rows, f"positions_{name}": side.positions}
+            index |= {f"offsets_{name}": side.offsets}
+            index |= {f"offsets_{name}_{g.width}": g.offsets for g in side.groups}
         for name, values in index.items():
             tensor = torch.tensor(values, dtype=torch.int64, device=device)
             self.register_buffer(name, tensor, persistent=False)
@@ -210,24 +209,24 @@ class HyperAdapter(nn.Module):
             return self._recomputed.factors(index)
         return self._stray_generation().views[index]
 
+    @property
+    def in_pass(self) -> bool:
+        """Whether layers are called by the model's forward, or again by checkpointing."""
+        return self._live is not None or inside_backward()
+
+    @property
+    def step_begins(self) -> bool:
+        """Whether no pass has begun since the last optimizer step, nor is under way."""
+        return self._step_begins and self._depth == 0
+
     def penalty(self, packed: Packed | None = None) -> torch.Tensor:
-        """The orthogonality penalty [eq. 7], before γ, of the factors of this pass (a scalar)."""
+        """γ · orthogonality penalty [eq. 7] of the factors of this pass (a scalar)."""
         if packed is None:
             live = self._live or (
                 self._stray_generation() if torch.is_grad_enabled() else self.current()
             )
             packed = live.effective
-        layout, count = self.layout, len(self.layout.layers)
-        sides = (("p", layout.p.groups), ("q", layout.q.groups))
-        groups = [group for _, members in sides for group in members]
-        squared = self.config.penalty == "squared"
-        return orthogonality_penalty(
-            [*packed.p, *packed.q],
-            offsets=[getattr(self, f"offsets_{s}_{g.width}") for s, gs in sides for g in gs],
-            max_ranks=[max(group.ranks) for group in groups],
-            kind=self.config.penalty,
-            weight=1 / count if squared else 1 / (2 * count),
-        )
+        return packed_penalty(self, packed)
 
     def loss_term(self, *, counts_once: bool) -> torch.Tensor | None:
         """γ·penalty to be added to this forward's loss, or None.
@@ -242,7 +241,7 @@ class HyperAdapter(nn.Module):
             or (counts_once and not self._step_begins)
         ):
             return None
-        return self.config.gamma * self.penalty(self._live.effective)
+        return self.penalty(self._live.effective)
 
     @property
     def needs_tie(self) -> bool:
@@ -286,21 +285,18 @@ class HyperAdapter(nn.Module):
         state = self.packed()
         if self.hypernet is None:
             return state
-        kept = self.mask > 0
+        layout = self.layout
+        slots = Slots(
+            (self.rows_p, self.rows_q),
+            (self.offsets_p, self.offsets_lam, self.offsets_q),
+            (layout.p.counts, layout.q.counts),
+            (layout.p.sizes, layout.q.sizes),
+            layout.max_rank,
+        )
+        prefix = {"anchor": "anchor_", "residual": ""}.get(self.config.update)
+        base = None if prefix is None else self.packed(prefix)
         with torch.autocast(self.mask.device.type, enabled=False):
-            out = self.hypernet(
-                state.p,
-                state.lam,
-                state.q,
-                torch.stack([kept[self.rows_p], kept, kept[self.rows_q]]),
-                [self.offsets_p, self.offsets_lam, self.offsets_q],
-                self.layout.max_rank,
-            )
-        generated = Packed(tuple(out[0]), out[1], tuple(out[2]))
-        if self.config.update == "replace":
-            return generated
-        base = self.packed("anchor_") if self.config.update == "anchor" else state
-        return state.like([b + g for b, g in zip(base.tensors(), generated.tensors(), strict=True)])
+            return self.hypernet(state, self.mask, slots, base)
 
     def _generate_with_graph(self, *, once: bool = True) -> Generation:
         """One generation inside autograd.

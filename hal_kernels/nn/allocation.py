@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import HALConfig
+from ..ops.importance_scores import importance_scores
 from ..ops.rank_allocation import prune_smallest, update_importance_
 
 if TYPE_CHECKING:
@@ -66,8 +67,6 @@ def allocate(adapter: "HyperAdapter") -> None:
         assert config.init_rank is not None
         gone = config.init_rank * layers - adapter.layout.rows  # dropped by compaction
         scores = _average_over_processes(_scores(adapter))
-        if config.schedule == "fixed":  # what is pruned stays pruned
-            scores = torch.where(adapter.mask > 0, scores, -torch.inf)
         adapter.mask.copy_(prune_smallest(scores, max(count - gone, 0)))
     if adapter.direct and (count is not None or adapter.holds_mask):
         adapter.lam.mul_(adapter.mask)
@@ -86,20 +85,25 @@ def _update_importance(adapter: "HyperAdapter") -> None:
 
 
 def _scores(adapter: "HyperAdapter") -> torch.Tensor:
-    """One score per direction, in Λ's order ``[R]``."""
-    lam = adapter.lam.detach()
-    if adapter.config.allocation == "magnitude":
-        return lam.abs()
+    """One score per direction, in Λ's order ``[R]``; "fixed": what is pruned stays pruned."""
+    kept = adapter.mask if adapter.config.schedule == "fixed" else None
+    if adapter.config.allocation == "ema":
+        importance, uncertainty = adapter.packed("importance_"), adapter.packed("uncertainty_")
+        return importance_scores(
+            importance.tensors(),
+            uncertainty.tensors(),
+            adapter.positions_p,
+            adapter.positions_q,
+            count_p=len(importance.p),
+            mask=kept,
+        )
+    scores = adapter.lam.detach()
     if adapter.config.allocation == "sensitivity":
         gradient = adapter.watched().lam.grad
         assert gradient is not None  # or there would be no step
-        return (lam * gradient).abs()
-    importance, uncertainty = adapter.packed("importance_"), adapter.packed("uncertainty_")
-    score = importance.lam * uncertainty.lam
-    for rows, side in ((adapter.rows_p, "p"), (adapter.rows_q, "q")):
-        pairs = zip(getattr(importance, side), getattr(uncertainty, side), strict=True)
-        score = score.index_add(0, rows, torch.cat([(i * u).mean(1) for i, u in pairs]))
-    return score
+        scores = scores * gradient
+    scores = scores.abs()
+    return scores if kept is None else scores.masked_fill_(kept == 0, -torch.inf)
 
 
 def _average_over_processes(scores: torch.Tensor) -> torch.Tensor:

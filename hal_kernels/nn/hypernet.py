@@ -8,12 +8,16 @@ so (equal inputs, equal outputs, for ever).
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..ops.hypernet_factors import hypernet_factors
 from ..ops.hypernet_layer import hypernet_layer
-from ..ops.ragged import pad, unpad
+from ..ops.hypernet_tokens import hypernet_tokens
+from ..ops.ragged import Slots
+from .packed import Packed
 
 HIDDEN = 312
 HEADS = 12
@@ -119,7 +123,7 @@ BODIES: dict[str, type[nn.Module]] = {"bert": BertBody, "mlp": MLPBody, "cnn": C
 
 
 class Hypernetwork(nn.Module):
-    """(P, Λ, Q) of all layers -> what the update rule adds or takes, of the same shapes.
+    """(P, Λ, Q) of all layers -> the same by the update rule: generated, or base + generated.
 
     Args:
         architecture: a key of `BODIES`.
@@ -150,40 +154,30 @@ class Hypernetwork(nn.Module):
         self.lam_out = _projection(HIDDEN, 1, scale * 0.05)  # near the identity, not on it
 
     def forward(
-        self,
-        p: Sequence[torch.Tensor],
-        lam: torch.Tensor,
-        q: Sequence[torch.Tensor],
-        keys: torch.Tensor,
-        offsets: Sequence[torch.Tensor],
-        max_rank: int,
-    ) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+        self, factors: Packed, mask: torch.Tensor, slots: Slots, base: Packed | None = None
+    ) -> Packed:
         """One pass over every layer's factors.
 
         Args:
-            p, q: packed rows by width, ``[R_w, d_w]``.
-            lam: ``[R]``.
-            keys: ``[3, R]`` bool, kept directions in the row order of P, Λ and Q.
-            offsets: for P, Λ and Q the first row of each matrix, and R: int64 ``[G + 1]``.
-            max_rank: the largest rank of a layer.
+            factors: of all layers, packed.
+            mask: ``[R]``, positive where a direction is kept; in the row order of Λ.
+            slots: where all rows lie.
+            base: what the output is added to, or None.
         """
-        rows = [
-            torch.cat([net(t) for net, t in zip(self.p_in, p, strict=True)]),
-            self.lam_in(lam[:, None]) + self.lam_embedding,
-            torch.cat([net(t) for net, t in zip(self.q_in, q, strict=True)]),
-        ]
-        tokens = torch.stack([pad(t, o, max_rank) for t, o in zip(rows, offsets, strict=True)])
-        usable = torch.stack([pad(k, o, max_rank) for k, o in zip(keys, offsets, strict=True)])
-        out = self.body(tokens, usable)
-        out_p, out_lam, out_q = (
-            unpad(t, o, lam.shape[0]) for t, o in zip(out, offsets, strict=True)
+        weights, biases = _parameters(*self.p_in, self.lam_in, *self.q_in)
+        tokens, keys = hypernet_tokens(
+            factors.tensors(), mask, weights, biases, self.lam_embedding, slots
         )
-        p_rows, q_rows = [t.shape[0] for t in p], [t.shape[0] for t in q]
-        return (
-            [net(t) for net, t in zip(self.p_out, out_p.split(p_rows), strict=True)],
-            self.lam_out(out_lam).flatten(),
-            [net(t) for net, t in zip(self.q_out, out_q.split(q_rows), strict=True)],
+        weights, biases = _parameters(*self.p_out, self.lam_out, *self.q_out)
+        added_to = None if base is None else base.tensors()
+        return factors.like(
+            hypernet_factors(self.body(tokens, keys), weights, biases, slots, added_to)
         )
+
+
+def _parameters(*maps: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights and biases of linear maps that one operator applies together."""
+    return [m.weight for m in maps], [m.bias for m in maps]
 
 
 def _projection(inputs: int, outputs: int, std: float) -> nn.Linear:

@@ -56,11 +56,15 @@ class Side:
         for width in sorted(set(widths)):
             members = [i for i, w in enumerate(widths) if w == width]
             self.groups.append(Group(width, tuple(members), tuple(layers[i].rank for i in members)))
+        self.counts = [len(group.layers) for group in self.groups]
+        self.sizes = [group.rows for group in self.groups]
         self.order = [i for group in self.groups for i in group.layers]
         self.offsets = _offsets([layers[i].rank for i in self.order])
         starts = _offsets([layer.rank for layer in layers])
         self.rows = [row for i in self.order for row in range(starts[i], starts[i + 1])]
         """``rows[k]``: the row of Λ that belongs to row k of this side."""
+        self.positions = sorted(range(len(self.rows)), key=self.rows.__getitem__)
+        """``positions[i]``: the row of this side that belongs to row i of Λ."""
 
     def split(self, packed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Every layer's own rows, by layer: views of the packed tensors."""

@@ -19,6 +19,8 @@ from ..config import expect_number
 from ..ops.svd_adapter_add import svd_adapter_add
 from ..ops.svd_linear import svd_linear
 from .adapter import HyperAdapter
+from .packed import LayerFactors
+from .shared_input import SharedInput
 from .tensors import unit_rows
 
 
@@ -29,6 +31,7 @@ class LayerSlot:
     adapter: HyperAdapter
     index: int
     original_class: type[nn.Module]
+    shared_input: SharedInput | None = None
 
 
 class AdaptedLayer(nn.Module):
@@ -36,7 +39,7 @@ class AdaptedLayer(nn.Module):
 
     _hal: LayerSlot | None = None
 
-    def adapter_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]] | None:
+    def adapter_arguments(self) -> tuple[LayerFactors, dict[str, Any]] | None:
         """((P, Λ_eff, Q), keyword arguments of the operators), or None while disabled."""
         slot = self._hal
         if slot is None:
@@ -48,7 +51,7 @@ class AdaptedLayer(nn.Module):
         dropout = config.dropout if self.training else 0.0
         return factors, {"scaling": config.scaling, "dropout": dropout}
 
-    def _own_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    def _own_arguments(self) -> tuple[LayerFactors, dict[str, Any]]:
         raise RuntimeError(f"{type(self).__name__} is not part of a patched model")
 
 
@@ -145,7 +148,7 @@ class HALLinear(AdaptedLayer, nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
 
-    def _own_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    def _own_arguments(self) -> tuple[LayerFactors, dict[str, Any]]:
         dropout = self.dropout if self.training else 0.0
         return (self.p, self.lam, self.q), {
             "mask": self.mask,
@@ -158,6 +161,11 @@ class HALLinear(AdaptedLayer, nn.Linear):
         if found is None:
             return super().forward(input)
         factors, options = found
+        slot = self._hal
+        if slot is not None and slot.shared_input is not None and slot.adapter.in_pass:
+            y = slot.shared_input.output(self, input, factors, **options)
+            if y is not None:
+                return y
         return svd_linear(input, self.weight, self.bias, *factors, **options)
 
     def extra_repr(self) -> str:

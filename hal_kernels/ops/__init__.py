@@ -3,8 +3,12 @@
 One file an operator: formula, public function, reference, default backend, gradient, schema.
 """
 
+from .hypernet_factors import hypernet_factors, hypernet_factors_reference
 from .hypernet_layer import hypernet_layer, hypernet_layer_reference
+from .hypernet_tokens import hypernet_tokens, hypernet_tokens_reference
+from .importance_scores import importance_scores, importance_scores_reference
 from .orthogonality_penalty import orthogonality_penalty, orthogonality_penalty_reference
+from .ragged import Slots
 from .rank_allocation import (
     prune_smallest,
     prune_smallest_reference,
@@ -13,10 +17,19 @@ from .rank_allocation import (
 )
 from .svd_adapter_add import svd_adapter_add, svd_adapter_add_reference
 from .svd_linear import svd_linear, svd_linear_reference
+from .svd_linear_group import svd_linear_group, svd_linear_group_reference
+from .svd_linear_penalty import svd_linear_penalty, svd_linear_penalty_reference
 
 __all__ = [
+    "Slots",
+    "hypernet_factors",
+    "hypernet_factors_reference",
     "hypernet_layer",
     "hypernet_layer_reference",
+    "hypernet_tokens",
+    "hypernet_tokens_reference",
+    "importance_scores",
+    "importance_scores_reference",
     "orthogonality_penalty",
     "orthogonality_penalty_reference",
     "prune_smallest",
@@ -24,6 +37,10 @@ __all__ = [
     "svd_adapter_add",
     "svd_adapter_add_reference",
     "svd_linear",
+    "svd_linear_group",
+    "svd_linear_group_reference",
+    "svd_linear_penalty",
+    "svd_linear_penalty_reference",
     "svd_linear_reference",
     "update_importance_",
     "update_importance_reference",

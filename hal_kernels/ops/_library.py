@@ -7,6 +7,7 @@ device; a faster backend registers the same operator under its own dispatch key 
 """
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 NAMESPACE = "hal"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+TRITON: dict[str, Callable[..., Any]] = {}
+"""Operator -> its Triton implementation, where there is one (also without triton and a GPU)."""
 
 
 def define(
@@ -24,6 +27,7 @@ def define(
     cuda: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    first_only: bool = False,
 ) -> None:
     """Register one operator: schema, default backend, shape function and gradient.
 
@@ -35,15 +39,21 @@ def define(
         fake: returns empty outputs from input shapes; None for operators that return nothing.
         setup_context, backward: as for `torch.library.register_autograd`. Operators that *are* a
             gradient, or that only update state, pass none: differentiating through them raises.
+        first_only: of several outputs only the first has a gradient. Autograd would fill zeros for
+            each of the others, one launch a layer.
     """
     name = schema.split("(", 1)[0]
     qualified = f"{NAMESPACE}::{name}"
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, _without_autocast(default), "CompositeExplicitAutograd")
+    if cuda is not None:
+        TRITON[name] = cuda
     if cuda is not None and importlib.util.find_spec("triton") is not None:
         _LIBRARY.impl(name, _without_autocast(cuda), "CUDA")
     torch.library.register_fake(qualified, fake or (lambda *args: None), lib=_LIBRARY)
-    if backward is not None:
+    if backward is not None and setup_context is not None:
+        if first_only:
+            setup_context, backward = _without_zeros(setup_context, backward)
         torch.library.register_autograd(
             qualified, _without_autocast(backward), setup_context=setup_context, lib=_LIBRARY
         )
@@ -55,14 +65,32 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` in its inputs' own dtypes, also where autocast surrounds a backward pass."""
 
     def run(*args: Any) -> Any:
-        first = next(a for a in args if isinstance(a, torch.Tensor) or (isinstance(a, list) and a))
-        device = (first[0] if isinstance(first, list) else first).device.type
-        if not torch.is_autocast_enabled(device):
+        flat = itertools.chain.from_iterable(a if isinstance(a, list) else (a,) for a in args)
+        first = next((a for a in flat if isinstance(a, torch.Tensor)), None)
+        if first is None or not torch.is_autocast_enabled(first.device.type):
             return function(*args)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(first.device.type, enabled=False):
             return function(*args)
 
     return run
+
+
+def _without_zeros(
+    setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """Both, where gradients that autograd has not computed stay None."""
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+
+    def run(ctx: Any, first: torch.Tensor | None, *others: Any) -> Any:
+        if first is not None:
+            return backward(ctx, first, *others)
+        needs = ctx.needs_input_grad
+        return tuple([None] * len(n) if isinstance(n, tuple | list) else None for n in needs)
+
+    return setup, run
 
 
 def _no_gradient(name: str) -> Callable[..., Any]:

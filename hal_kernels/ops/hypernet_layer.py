@@ -11,7 +11,7 @@ without changing any kept one. A matrix with no kept direction attends to all of
 
 The gradient is analytic; saved are qkv, the attention weights, c, both LayerNorm inputs and f.
 
-Backends: default (plain PyTorch, every device).
+Backends: default (plain PyTorch, every device), cuda (`kernels.hypernet_layer`, in Triton).
 """
 
 import math
@@ -275,17 +275,32 @@ def _autograd_backward(ctx: Any, dout: torch.Tensor, *_: torch.Tensor) -> tuple[
     return dtokens, None, list(dparameters), None, None
 
 
+def _forward_cuda(*args: Any) -> tuple[torch.Tensor, ...]:
+    from ..kernels.hypernet_layer import forward
+
+    return forward(*args)
+
+
+def _backward_cuda(*args: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    from ..kernels.hypernet_layer import backward
+
+    return backward(*args)
+
+
 define(
     "hypernet_layer(Tensor tokens, Tensor keys, Tensor[] parameters, int heads, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     default=_forward,
+    cuda=_forward_cuda,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_autograd_backward,
+    first_only=True,
 )
 define(
     "hypernet_layer_backward(Tensor dout, Tensor tokens, Tensor[] parameters, Tensor[] saved,"
     " int heads, float eps) -> (Tensor, Tensor[])",
     default=_backward_default,
+    cuda=_backward_cuda,
     fake=_backward_fake,
 )

@@ -9,7 +9,8 @@ With F = the rows of one factor (Pᵀ or Q, one singular direction a row) and R 
 adds, with weight = 1 / (number of matrices). Each list entry holds all matrices of one width, so
 the number of calls does not depend on the number of layers.
 
-Backends: default (plain PyTorch, every device), in float32 for 16-bit factors.
+Backends: default (plain PyTorch, every device), cpu (csrc/penalty.cpp), cuda
+(`kernels.orthogonality_penalty`, in Triton); in float32 for 16-bit factors.
 """
 
 from collections.abc import Sequence
@@ -181,17 +182,32 @@ def _autograd_backward(ctx: Any, dvalue: torch.Tensor, _dresiduals: Any) -> tupl
     return list(gradients), [None] * n, None, None, None
 
 
+def _forward_cuda(*args: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    from ..kernels.orthogonality_penalty import forward
+
+    return forward(*args)
+
+
+def _backward_cuda(*args: Any) -> list[torch.Tensor]:
+    from ..kernels.orthogonality_penalty import backward
+
+    return backward(*args)
+
+
 define(
     "orthogonality_penalty(Tensor[] factors, Tensor[] offsets, int[] max_ranks, bool squared,"
     " float weight) -> (Tensor, Tensor[])",
     default=_forward,
+    cuda=_forward_cuda,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_autograd_backward,
+    first_only=True,
 )
 define(
     "orthogonality_penalty_backward(Tensor dvalue, Tensor[] factors, Tensor[] residuals,"
     " Tensor[] offsets, int[] max_ranks, bool squared, float weight) -> Tensor[]",
     default=_backward_default,
+    cuda=_backward_cuda,
     fake=_backward_fake,
 )

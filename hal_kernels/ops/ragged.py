@@ -5,7 +5,78 @@ want ``[G, max_rank, d]``. While all matrices have the same rank (before compact
 afterwards rows are gathered on the device, without a host synchronisation.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
+
+from ._library import expect_dtype, expect_same_device, expect_shape
+
+
+class Slots(NamedTuple):
+    """Where the rows of all layers' P, Λ and Q lie, packed ``[R, …]`` and padded ``[3, G, r, …]``.
+
+    P and Q have a row order of their own, by width; Λ has that of the layers. A padded matrix has r
+    slots, of which its rows take the first.
+    """
+
+    rows: tuple[torch.Tensor, torch.Tensor]
+    """For P and Q: the row of Λ (and of the mask) that belongs to each row, int64 ``[R]``."""
+    offsets: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    """For P, Λ and Q: the first row of each matrix, and R, int64 ``[G + 1]``."""
+    counts: tuple[list[int], list[int]]
+    """For P and Q: how many matrices each width has."""
+    sizes: tuple[list[int], list[int]]
+    """For P and Q: how many rows each width has."""
+    max_rank: int
+    """r, the largest number of rows of one matrix."""
+
+    @property
+    def heights(self) -> list[int]:
+        """Rows of each factor: P by width, Λ, Q by width."""
+        return [*self.sizes[0], sum(self.sizes[0]), *self.sizes[1]]
+
+
+def expect_slots(slots: Slots, reference: str, like: torch.Tensor) -> None:
+    """Raise TypeError or ValueError naming the field unless all of `slots` fits together.
+
+    What the offsets hold isn't looked at: that would make the host wait for the device.
+    """
+    if not isinstance(slots, Slots):
+        raise TypeError(f"slots is a {type(slots).__name__}, expected hal_kernels.ops.Slots")
+    for name, tensors, count in (("rows", slots.rows, 2), ("offsets", slots.offsets, 3)):
+        if len(tensors) != count:
+            raise ValueError(f"slots.{name} has {len(tensors)} entries, expected {count}")
+        for index, tensor in enumerate(tensors):
+            label = f"slots.{name}[{index}]"
+            expect_dtype(label, tensor, torch.int64, "row numbers")
+            expect_shape(label, tensor, (tensors[0].numel(),), f"as slots.{name}[0]")
+            expect_same_device(reference, like, **{label: tensor})
+    total, matrices = slots.rows[0].shape[0], slots.offsets[0].shape[0] - 1
+    if matrices < 0:
+        raise ValueError("slots.offsets[0] is empty, expected int64 [G + 1]")
+    for side, (counts, sizes) in enumerate(zip(slots.counts, slots.sizes, strict=True)):
+        if len(counts) != len(sizes) or not counts:
+            raise ValueError(
+                f"slots.counts[{side}] and slots.sizes[{side}] have {len(counts)} and {len(sizes)} "
+                "entries, expected one each for every width"
+            )
+        if sum(counts) != matrices:
+            raise ValueError(
+                f"slots.counts[{side}] is {counts}, expected a sum of G = {matrices}"
+                " (slots.offsets[0] is [G + 1])"
+            )
+        if sum(sizes) != total:
+            raise ValueError(
+                f"slots.sizes[{side}] is {sizes}, expected a sum of R = {total}"
+                " (slots.rows[0] is [R])"
+            )
+        for count, size in zip(counts, sizes, strict=True):
+            if not 0 <= size <= count * slots.max_rank:
+                raise ValueError(
+                    f"slots.sizes[{side}] is {sizes}, expected at most max_rank = {slots.max_rank} "
+                    f"rows for each of the {counts} matrices"
+                )
 
 
 def pad(rows: torch.Tensor, offsets: torch.Tensor, max_rank: int) -> torch.Tensor:
@@ -28,3 +99,25 @@ def unpad(padded: torch.Tensor, offsets: torch.Tensor, total: int) -> torch.Tens
     row = torch.arange(total, device=padded.device)
     matrix = torch.searchsorted(offsets, row, right=True) - 1
     return padded[matrix, row - offsets[matrix]]
+
+
+def pad_sides(rows: torch.Tensor, offsets: Sequence[torch.Tensor], max_rank: int) -> torch.Tensor:
+    """`pad` for P, Λ and Q, one after another: ``[3R, ...]`` -> ``[3, G, max_rank, ...]``."""
+    count, trailing = offsets[0].shape[0] - 1, rows.shape[1:]
+    if rows.shape[0] != 3 * count * max_rank:
+        rows = pad(rows, _joined(offsets, rows.shape[0] // 3), max_rank)
+    return rows.view(3, count, max_rank, *trailing)
+
+
+def unpad_sides(padded: torch.Tensor, offsets: Sequence[torch.Tensor], total: int) -> torch.Tensor:
+    """The inverse of `pad_sides`; `total` is R."""
+    _, count, max_rank = padded.shape[:3]
+    if total == count * max_rank:
+        return padded.reshape(3 * total, *padded.shape[3:])
+    return unpad(padded.flatten(0, 1), _joined(offsets, total), 3 * total)
+
+
+def _joined(offsets: Sequence[torch.Tensor], total: int) -> torch.Tensor:
+    """Offsets of P's, Λ's and Q's matrices in their rows, one after another ``[3G + 1]``."""
+    p, lam, q = offsets
+    return torch.cat([p[:-1], lam[:-1] + total, q + 2 * total])

@@ -9,10 +9,12 @@ Both run on the device without a host synchronisation. Ties are broken by index,
 data-parallel process that holds equal scores selects equal directions. They update or select state;
 neither has a derivative.
 
-Backends: default (plain PyTorch, every device).
+Backends: default (plain PyTorch, every device), cpu (csrc/allocation.cpp), cuda
+(`kernels.rank_allocation`, in Triton).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -134,14 +136,28 @@ def _prune_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return torch.ones_like(scores).index_fill_(0, order[:count], 0.0)
 
 
+def _update_importance_cuda(*args: Any) -> None:
+    from ..kernels.rank_allocation import update_importance
+
+    update_importance(*args)
+
+
+def _prune_smallest_cuda(scores: torch.Tensor, count: int) -> torch.Tensor:
+    from ..kernels.rank_allocation import prune_smallest
+
+    return prune_smallest(scores, count)
+
+
 define(
     "update_importance_(Tensor(a!)[] importance, Tensor(b!)[] uncertainty, Tensor[] values,"
     " Tensor[] gradients, float beta1, float beta2) -> ()",
     default=_update_importance,
+    cuda=_update_importance_cuda,
     fake=None,
 )
 define(
     "prune_smallest(Tensor scores, int count) -> Tensor",
     default=_prune_smallest,
+    cuda=_prune_smallest_cuda,
     fake=lambda scores, count: scores.new_empty(scores.shape),
 )

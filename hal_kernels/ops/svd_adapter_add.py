@@ -10,7 +10,8 @@ for base layers whose GEMM is not ours to run (quantized, sparse or foreign). Wi
 Λ here is the effective one, Λ⊙mask, so its gradient is dΛ_eff: what the allocator scores pruned
 directions with. `svd_linear` shares `shrink`, `expand_` and `adapter_gradients` with this file.
 
-Backends: default (plain PyTorch, every device).
+Backends: default (plain PyTorch, every device), cpu (csrc/svd_adapter_add.cpp), cuda
+(`kernels.svd_adapter_add`, in Triton).
 """
 
 import math
@@ -99,19 +100,24 @@ def check_adapter(
     d_in: int,
     d_out: int,
     dropout: float,
+    at: str = "",
 ) -> None:
-    """Raise TypeError or ValueError, naming the argument, for inputs no backend accepts."""
+    """Raise TypeError or ValueError, naming the argument, for inputs no backend accepts.
+
+    Args:
+        at: what follows the names of a layer's tensors, "[1]" in a list of layers.
+    """
     expect_floating("x", x)
-    expect_floating("p", p)
-    expect_floating("lam", lam)
-    expect_floating("q", q)
+    expect_floating(f"p{at}", p)
+    expect_floating(f"lam{at}", lam)
+    expect_floating(f"q{at}", q)
     if x.dim() == 0:
         raise ValueError("x has shape (), expected [..., d_in]")
     rank = p.shape[0] if p.dim() == 2 else -1
-    expect_shape("p", p, (rank, d_in), "[r, d_in]")
-    expect_shape("lam", lam, (rank,), "[r]")
-    expect_shape("q", q, (rank, d_out), "[r, d_out]")
-    expect_same_device("x", x, p=p, lam=lam, q=q)
+    expect_shape(f"p{at}", p, (rank, d_in), "[r, d_in]")
+    expect_shape(f"lam{at}", lam, (rank,), "[r]")
+    expect_shape(f"q{at}", q, (rank, d_out), "[r, d_out]")
+    expect_same_device("x", x, **{f"p{at}": p, f"lam{at}": lam, f"q{at}": q})
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}, expected a probability in [0, 1)")
 
@@ -293,18 +299,35 @@ def _autograd_backward(ctx: Any, dout: torch.Tensor, _dh: torch.Tensor) -> tuple
     return dout, dx if needs[1] else None, *factors, None, None, None
 
 
+def _forward_cuda(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from ..kernels.svd_adapter_add import forward
+
+    return forward(*args)
+
+
+def _backward_cuda(
+    *args: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from ..kernels.svd_adapter_add import backward
+
+    return backward(*args)
+
+
 define(
     "svd_adapter_add(Tensor y, Tensor x, Tensor p, Tensor lam, Tensor q, float scaling,"
     " float dropout, Tensor? seed) -> (Tensor, Tensor)",
     default=_forward,
+    cuda=_forward_cuda,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_autograd_backward,
+    first_only=True,
 )
 define(
     "svd_adapter_add_backward(Tensor dout, Tensor x, Tensor h, Tensor p, Tensor lam, Tensor q,"
     " float scaling, float dropout, Tensor? seed, bool needs_dx, bool needs_factors)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     default=_backward_default,
+    cuda=_backward_cuda,
     fake=_backward_fake,
 )

@@ -10,11 +10,13 @@
 The gradient of Λ is dΛ_eff, unmasked: what the allocator scores pruned directions with. Saved for
 backward: x, h and the factors; no ``[T, d]`` temporary exists beside y (forward) and dx (backward).
 
-Backends: default (plain PyTorch, every device). The base GEMM is the vendor library's, and the
-low-rank product accumulates into its output.
+Backends: default (plain PyTorch, every device), cpu (csrc/svd_linear.cpp), cuda
+(`kernels.svd_linear`, in Triton). The base GEMM is the vendor library's, and low-rank product and
+GEMM accumulate into one output; where it pays, the cuda backend does both in one GEMM of its own.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,31 +70,61 @@ def svd_linear(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    check_layer(x, weight, bias, p, lam, q, dropout=dropout)
+    x, (weight,), (bias,) = autocast_inputs(x, [weight], [bias])
+    lam, seed = effective(x, lam, mask, dropout, seed)
+    return torch.ops.hal.svd_linear(x, weight, bias, p, lam, q, float(scaling), dropout, seed)[0]
+
+
+def check_layer(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    *,
+    dropout: float = 0.0,
+    at: str = "",
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, for inputs no backend accepts.
+
+    Args:
+        at: what follows the names of a layer's tensors, "[1]" in a list of layers.
+    """
     expect_floating("x", x)
-    expect_floating("weight", weight)
+    expect_floating(f"weight{at}", weight)
     if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [d_out, d_in]")
+        raise ValueError(f"weight{at} has shape {tuple(weight.shape)}, expected [d_out, d_in]")
     d_out, d_in = weight.shape
     if x.dim() == 0 or x.shape[-1] != d_in:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}, expected [..., {d_in}] (weight is [{d_out}, {d_in}])"
+            f"x has shape {tuple(x.shape)}, expected [..., {d_in}] "
+            f"(weight{at} is [{d_out}, {d_in}])"
         )
     if bias is not None:
-        expect_shape("bias", bias, (d_out,), "[d_out]")
-    check_adapter(x, p, lam, q, d_in=d_in, d_out=d_out, dropout=dropout)
-    expect_same_device("x", x, weight=weight, bias=bias)
+        expect_shape(f"bias{at}", bias, (d_out,), "[d_out]")
+    check_adapter(x, p, lam, q, d_in=d_in, d_out=d_out, dropout=dropout, at=at)
+    expect_same_device("x", x, **{f"weight{at}": weight, f"bias{at}": bias})
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        return
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(
-            f"x has dtype {x.dtype}, weight {weight.dtype}"
-            + ("" if bias is None else f", bias {bias.dtype}")
+            f"x has dtype {x.dtype}, weight{at} {weight.dtype}"
+            + ("" if bias is None else f", bias{at} {bias.dtype}")
             + ": expected one dtype (cast x, or use torch.autocast)"
         )
-    lam, seed = effective(x, lam, mask, dropout, seed)
-    return torch.ops.hal.svd_linear(x, weight, bias, p, lam, q, float(scaling), dropout, seed)[0]
+
+
+def autocast_inputs(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
+    """x, weights and biases in autocast's dtype, where autocast is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        biases = [None if b is None else b.to(dtype) for b in biases]
+        x, weights = x.to(dtype), [w.to(dtype) for w in weights]
+    return x, list(weights), list(biases)
 
 
 def svd_linear_reference(
@@ -120,10 +152,20 @@ def _forward(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = flat(x)
-    y = F.linear(rows, weight, bias)
+    y = base_output(x, weight, bias)
     h = shrink(rows, p, dropout, seed)
-    expand_(y, h, lam, q, scaling)
-    return y.view(*x.shape[:-1], weight.shape[0]), h
+    expand_(flat(y), h, lam, q, scaling)
+    return y, h
+
+
+def base_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x·Wᵀ + b`` in a tensor that is no view: autograd lets nobody write to an output that is."""
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if bias is None:
+        torch.mm(flat(x), weight.t(), out=flat(y))
+    else:
+        torch.addmm(bias, flat(x), weight.t(), out=flat(y))
+    return y
 
 
 def _forward_fake(
@@ -199,18 +241,35 @@ def _autograd_backward(ctx: Any, dy: torch.Tensor, _dh: torch.Tensor) -> tuple[A
     return dx if needs[0] else None, dweight, dbias, *factors, None, None, None
 
 
+def _forward_cuda(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from ..kernels.svd_linear import forward
+
+    return forward(*args)
+
+
+def _backward_cuda(
+    *args: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from ..kernels.svd_linear import backward
+
+    return backward(*args)
+
+
 define(
     "svd_linear(Tensor x, Tensor weight, Tensor? bias, Tensor p, Tensor lam, Tensor q,"
     " float scaling, float dropout, Tensor? seed) -> (Tensor, Tensor)",
     default=_forward,
+    cuda=_forward_cuda,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_autograd_backward,
+    first_only=True,
 )
 define(
     "svd_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor p, Tensor lam,"
     " Tensor q, float scaling, float dropout, Tensor? seed, bool needs_dx, bool needs_factors)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     default=_backward_default,
+    cuda=_backward_cuda,
     fake=_backward_fake,
 )

@@ -107,6 +107,19 @@ class FormulaContract(AdapterCases):
         # Sums of two or three random terms may cancel: 1e-11 leaves four digits to that.
         self.check(inputs, mask, upstream, scaling, wanted, bound=1e-11)
 
+    @pytest.mark.parametrize("leading", [(5,), (2, 3)])
+    def test_output_may_be_changed_in_place(self, leading):
+        """As nn.ReLU(inplace=True) does behind a linear layer."""
+        inputs = self.make(leading, dtype=torch.float64)
+        dy = self.upstream(inputs)
+
+        def doubled(function):
+            return lambda **leaves: function(**leaves).mul_(2).relu_()
+
+        out = results(doubled(self.call()), inputs, dy)
+        ref = results(doubled(self.formula()), inputs, dy)
+        assert_same(out, ref, EXACT[torch.float64])
+
     def test_inference_mode(self):
         inputs = self.make()
         with torch.inference_mode():

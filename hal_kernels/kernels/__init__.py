@@ -1,0 +1,7 @@
+"""The operators in Triton, for CUDA and ROCm: one file an operator, as in `hal_kernels.ops`.
+
+Nothing here is imported before an operator is first called with a CUDA tensor (`ops._library`), so
+that the package works without triton. In each file: the kernels, each with its formula; the launch
+functions, with the signatures of the operator's default implementation; and `cases`, what of it is
+compiled ahead of time to be checked.
+"""

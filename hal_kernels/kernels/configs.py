@@ -1,0 +1,251 @@
+"""What kernels are launched with, per GPU architecture: tile sizes, bounds, and the GPU's own size.
+
+A tile is chosen by shape class (rank, width of the element type, alignment; for a GEMM also by what
+it would cost), never measured inside a training step. An unknown GPU takes `DEFAULT`, whose tiles
+fit the 64 KiB of shared memory that every supported GPU has. What ``python -m hal_kernels.tune``
+found on this very GPU goes before all that: see `tuned`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+import torch
+
+HIGHEST_RANK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One program's share of a ``[T, d]`` matrix, and how it is compiled."""
+
+    rows: int
+    columns: int  # the SVD adapter's: of 16-bit elements, half as many of 32 bits
+    num_warps: int
+    num_stages: int
+    depth: int = 0  # the step along a summed dimension; counted as columns are
+
+    def columns_of(self, dtype: torch.dtype) -> int:
+        """Columns of elements of `dtype`, equal in bytes."""
+        return self.columns * 2 // dtype.itemsize
+
+    def depth_of(self, dtype: torch.dtype) -> int:
+        """Depth in elements of `dtype`, equal in bytes."""
+        return self.depth * 2 // dtype.itemsize
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes beside its arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclasses.dataclass(frozen=True)
+class SVDTiles:
+    """Tiles of the SVD adapter's kernels for one class of ranks."""
+
+    shrink: Tile  # x → h
+    expand: Tile  # h → y
+    dy: Tile  # dy → u, dQ
+    x: Tile  # x → dP, dΛ, dx
+    fused: tuple[Tile, ...]  # x → y, h; one is chosen by `traffic.fused_tile`
+
+
+@dataclasses.dataclass(frozen=True)
+class PenaltyTiles:
+    """Tiles of the orthogonality penalty, of as many rows as the class of ranks has."""
+
+    residual: Tile  # F → FFᵀ − I
+    gradient: Tile  # R, F → RF; depth along R
+
+
+@dataclasses.dataclass(frozen=True)
+class HypernetTiles:
+    """Tiles of the hypernetwork layer for few tokens or for many."""
+
+    attention: Tile  # of one head; depth along the hidden columns. Stages are the product's
+    rows: Tile  # of all hidden columns
+    columns: Tile  # of the inner columns
+
+
+_PENALTY = {
+    16: PenaltyTiles(Tile(16, 64, 2, 4), Tile(16, 128, 4, 1, 16)),
+    32: PenaltyTiles(Tile(32, 64, 4, 3), Tile(32, 64, 4, 1, 32)),
+    64: PenaltyTiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 2, 32)),
+    128: PenaltyTiles(Tile(128, 16, 8, 3), Tile(128, 32, 8, 2, 32)),
+}
+_HYPERNET = (
+    HypernetTiles(Tile(32, 0, 4, 2, 32), Tile(16, 0, 8, 2, 32), Tile(32, 64, 4, 3, 32)),
+    HypernetTiles(Tile(32, 0, 4, 2, 32), Tile(32, 0, 8, 2, 32), Tile(64, 64, 4, 3, 32)),
+)
+_HYPERNET_SM_100 = (
+    HypernetTiles(Tile(32, 0, 4, 2, 16), Tile(16, 0, 8, 2, 32), Tile(32, 64, 4, 3, 32)),
+    HypernetTiles(Tile(32, 0, 4, 2, 16), Tile(32, 0, 8, 2, 32), Tile(64, 64, 4, 3, 32)),
+)
+_HYPERNET_AMD = (
+    HypernetTiles(Tile(32, 0, 4, 1, 32), Tile(16, 0, 4, 1, 32), Tile(32, 64, 4, 1, 32)),
+    HypernetTiles(Tile(32, 0, 4, 1, 32), Tile(16, 0, 4, 1, 32), Tile(64, 64, 4, 1, 32)),
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Architecture:
+    """A GPU as the launch functions see it. Rates are what large kernels reach, not peaks."""
+
+    name: str
+    multiprocessors: int
+    shared_memory: int  # bytes a program may take
+    bandwidth: float  # of memory, bytes per µs
+    cache_bandwidth: float  # of the level-2 cache, bytes per µs
+    matrix_rate: float  # flop per µs, 16-bit inputs
+    svd: Mapping[int, SVDTiles]  # by the highest rank of each class
+    penalty: Mapping[int, PenaltyTiles] = dataclasses.field(default_factory=lambda: _PENALTY)
+    hypernet: tuple[HypernetTiles, HypernetTiles] = _HYPERNET  # for few tokens, for many
+    launch_us: float = 5.0  # what one more launch costs a step, host and device together
+    gemm_slowdown: float = 1.2  # of a Triton GEMM over the vendor's
+    prepare: bool = True  # the base GEMM adds to the adapter's output; False: the other way round
+    column_parts: int = 16  # at most, of one block of rows: sums of so many partial h or u
+    row_splits: int = 16  # at most, of one tile of columns: sums of so many partial dP or dQ
+    block_splits: tuple[int, int] = (8, 64)  # the same where a program adds to dQ in memory
+    partial_bytes: int = 32 << 20  # of partial dQ then, as far as `block_splits` allows
+
+    def svd_tiles(self, rank: int, aligned: bool) -> SVDTiles:
+        """The SVD adapter's tiles for a rank. Without 16-byte alignment: small ones, `ODD`."""
+        by_class = self.svd if aligned else ODD
+        return next(tiles for highest, tiles in by_class.items() if rank <= highest)
+
+    def penalty_tiles(self, rank: int) -> tuple[int, PenaltyTiles]:
+        """(padded rank, tiles) of the orthogonality penalty of matrices of up to `rank` rows."""
+        return next(item for item in self.penalty.items() if rank <= item[0])
+
+    def hypernet_tiles(self, tokens: int) -> HypernetTiles:
+        """The hypernetwork layer's tiles: large ones where enough programs are left."""
+        few, many = self.hypernet
+        return many if tokens >= 2 * many.rows.rows * self.multiprocessors else few
+
+    def column_parts_of(self, row_blocks: int, d: int, columns: int) -> int:
+        """Parts of d columns, in tiles of `columns`, so that blocks × parts fill the GPU once."""
+        tiles = -(-d // columns)
+        parts = min(self.column_parts, tiles, max(1, self.multiprocessors // row_blocks))
+        return -(-d // chunk_of(d, columns, parts))
+
+    def split_rows(self, row_blocks: int, tiles: int) -> tuple[int, int]:
+        """(splits, blocks of each) of the rows, so that splits × tiles fill the GPU once."""
+        return _shared(row_blocks, min(self.row_splits, max(1, self.multiprocessors // tiles)))
+
+    def bound_rows(self, row_blocks: int, bytes_of_partial: int) -> tuple[int, int]:
+        """(splits, blocks of each) of the rows, as many as the bytes of partial sums allow."""
+        least, most = self.block_splits
+        return _shared(row_blocks, min(most, max(least, self.partial_bytes // bytes_of_partial)))
+
+
+def chunk_of(d: int, columns: int, parts: int) -> int:
+    """Columns of each of `parts` of d columns: whole tiles of `columns`."""
+    tiles = -(-d // columns)
+    return -(-tiles // parts) * columns
+
+
+def _shared(blocks: int, splits: int) -> tuple[int, int]:
+    """(splits, blocks of each), none of them empty, of which there are at most `splits`."""
+    each = -(-blocks // splits)
+    return -(-blocks // each), each
+
+
+# By class of ranks; tiles as rows, columns, warps, stages(, depth).
+_SMALL = {
+    32: SVDTiles(
+        Tile(64, 32, 4, 2), Tile(64, 64, 8, 1), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2),
+        (Tile(64, 64, 8, 2, 64), Tile(32, 32, 4, 2, 64)),
+    ),
+    128: SVDTiles(
+        Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(32, 32, 8, 2), Tile(32, 64, 8, 2),
+        (Tile(32, 32, 8, 2, 32),),
+    ),
+}  # fmt: skip
+_AMPERE = {
+    16: SVDTiles(
+        Tile(64, 128, 4, 4), Tile(64, 256, 8, 1), Tile(128, 32, 8, 3), Tile(64, 128, 8, 3),
+        (Tile(128, 128, 8, 3, 32), Tile(32, 64, 4, 3, 64)),
+    ),
+    32: SVDTiles(
+        Tile(64, 64, 4, 4), Tile(64, 128, 8, 1), Tile(64, 32, 8, 3), Tile(64, 64, 8, 3),
+        (Tile(128, 64, 8, 3, 64), Tile(32, 64, 4, 3, 64)),
+    ),
+    128: SVDTiles(
+        Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2),
+        (Tile(64, 32, 8, 3, 64), Tile(32, 32, 8, 3, 64)),
+    ),
+}  # fmt: skip
+_HOPPER = {
+    16: SVDTiles(
+        Tile(64, 128, 4, 4), Tile(64, 256, 8, 1), Tile(128, 128, 8, 3), Tile(128, 128, 8, 3),
+        (Tile(128, 128, 8, 3, 64), Tile(64, 64, 4, 4, 64), Tile(32, 64, 4, 4, 64)),
+    ),
+    32: SVDTiles(
+        Tile(64, 128, 4, 4), Tile(64, 128, 8, 1), Tile(64, 64, 8, 3), Tile(64, 128, 8, 2),
+        (Tile(128, 128, 8, 3, 64), Tile(64, 64, 4, 4, 64), Tile(32, 64, 4, 4, 64)),
+    ),
+    128: SVDTiles(
+        Tile(64, 64, 8, 3), Tile(64, 128, 8, 1), Tile(64, 128, 8, 3), Tile(32, 64, 8, 3),
+        (Tile(128, 64, 8, 3, 64), Tile(32, 32, 8, 3, 64)),
+    ),
+}  # fmt: skip
+ODD = {
+    32: SVDTiles(
+        Tile(64, 32, 8, 1), Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1),
+        (Tile(32, 32, 4, 1, 32),),
+    ),
+    128: SVDTiles(
+        Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1),
+        (Tile(32, 32, 8, 1, 32),),
+    ),
+}  # fmt: skip
+
+DEFAULT = Architecture("default", 80, 65536, 0.8e6, 2.5e6, 120e6, _SMALL)
+SM_80 = Architecture("sm_80", 108, 166912, 1.7e6, 4e6, 260e6, _AMPERE)
+SM_89 = Architecture("sm_89", 128, 101376, 0.85e6, 4e6, 160e6, _SMALL)
+SM_90 = Architecture("sm_90", 132, 232448, 4.3e6, 7e6, 790e6, _HOPPER)
+SM_100 = Architecture(
+    "sm_100", 148, 232448, 6.5e6, 10e6, 1600e6, _HOPPER, hypernet=_HYPERNET_SM_100
+)
+GFX942 = Architecture("gfx942", 304, 65536, 4.0e6, 8e6, 600e6, _SMALL, hypernet=_HYPERNET_AMD)
+
+ARCHITECTURES = {a.name: a for a in (DEFAULT, SM_80, SM_89, SM_90, SM_100, GFX942)}
+
+
+@functools.cache
+def _of_gpu(index: int) -> Architecture:
+    from .tuned import apply_tuned
+
+    return apply_tuned(shipped(index), torch.cuda.get_device_name(index))
+
+
+def shipped(index: int) -> Architecture:
+    """The architecture that this package has for a GPU: by its name, or `DEFAULT`."""
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(index)
+        name = f"sm_{major}{minor}"
+    return ARCHITECTURES.get(name, DEFAULT)
+
+
+_in_use: Architecture | None = None
+
+
+def architecture_of(device: torch.device) -> Architecture:
+    """The architecture of a tensor's device, asked for once; `DEFAULT` for what isn't a GPU."""
+    if _in_use is not None:
+        return _in_use
+    return _of_gpu(device.index or 0) if device.type == "cuda" else DEFAULT
+
+
+@contextlib.contextmanager
+def using(gpu: Architecture) -> Iterator[None]:
+    """Launch as for `gpu`, whatever the device: to measure and to test tiles."""
+    global _in_use
+    before, _in_use = _in_use, gpu
+    try:
+        yield
+    finally:
+        _in_use = before

@@ -1,0 +1,69 @@
+"""The kernels run under Triton's interpreter here, or compiled where there is a GPU.
+
+On a GPU every test of this folder carries the marker `gpu`; without one those that carry it by
+themselves (shapes too large to be interpreted, say) are skipped.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError(
+            "triton was imported before tests/kernels/conftest.py could ask for its interpreter: "
+            "set TRITON_INTERPRET=1, or name tests/kernels first"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if GPU and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if not GPU and item.get_closest_marker("gpu"):
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreted_bfloat16():
+    """Mend the interpreter's bfloat16, which it keeps as uint16.
+
+    It multiplies those in a dot, which takes float32 here instead; and it truncates float32, where
+    a GPU rounds to the nearest.
+    """
+    if GPU:
+        yield
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def create_dot(self, a, b, d, precision, imprecise):
+        def widened(x):
+            if x.dtype.scalar != tl.bfloat16:
+                return x
+            data = _convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
+            return TensorHandle(data, tl.float32)
+
+        return dot(self, widened(a), widened(b), d, precision, imprecise)
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return cast(self, src, dst_type)
+        bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16)
+        return TensorHandle(bits.numpy().view(np.uint16).reshape(src.data.shape), tl.bfloat16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+        yield

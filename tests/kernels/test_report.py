@@ -1,0 +1,104 @@
+"""The ahead-of-time report."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hal_kernels.kernels import report
+from hal_kernels.kernels.configs import ARCHITECTURES
+
+PROGRAM = """
+import sys
+from hal_kernels.kernels import report
+arguments = ["--kernel", "rank_allocation.prune", "--arch", "sm_90", "--jobs", "1"]
+fits = report.main([*arguments, "--json", sys.argv[1]])
+report.TARGETS["sm_90"] = report.TARGETS["sm_90"]._replace(block_shared=-1)
+print(fits, report.main(arguments))
+"""
+
+
+def test_a_kernel_that_fits_and_one_that_does_not(tmp_path):
+    """A process of its own: here kernels are interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = tmp_path / "rows.json"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(path)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 compiled, 0 with a problem" in done.stdout
+    assert "2 compiled, 2 with a problem" in done.stdout
+    assert "shared memory above -1" in done.stdout
+    assert done.stdout.splitlines()[-1] == "0 1"  # exit statuses
+    rows = json.loads(path.read_text())
+    assert [row["kernel"] for row in rows] == ["rank_allocation.prune_kernel"] * 2
+    for row in rows:
+        assert row["arch"] == "sm_90" and row["spills"] == 0 and not row["problem"]
+        assert 8 <= row["registers"] <= 255 and 0 < row["occupancy"] <= 1
+
+
+@pytest.mark.parametrize(
+    "found, problem",
+    [
+        ({}, ""),
+        ({"spills": 4}, "spills"),
+        ({"shared": 232448}, ""),
+        ({"shared": 232449}, "shared memory above 232448"),
+        ({"error": "CompilationError: why"}, "CompilationError: why"),
+    ],
+)
+def test_problems(found, problem):
+    assert report.Row("sm_90", "kernel", "case", "4x3", **found).problem == problem
+
+
+def test_quick_takes_each_kernel_once_an_architecture():
+    """Another of its cases on each, so that all kinds of them are compiled somewhere."""
+    rows = [report.Row(a, k, str(n), "") for a in report.QUICK for k in "ab" for n in range(8)]
+    kept = [rows[i] for i in report._few(rows)]
+    assert [(r.arch, r.kernel) for r in kept] == [(a, k) for a in report.QUICK for k in "ab"]
+    assert [r.label for r in kept] == ["0", "0", "2", "2", "4", "4", "6", "6"]
+
+
+def test_nothing_to_compile_is_an_error(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--kernel", "nonsense"])
+    assert "no kernel's name contains 'nonsense'" in capsys.readouterr().err
+
+
+def test_interpreted_kernels_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="2"):
+        report.main([])
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
+
+
+def test_every_architecture_has_a_target():
+    assert report.TARGETS.keys() == ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize("module", report.modules())
+def test_every_kernel_is_compiled_for_every_architecture(module):
+    """A kernel is what this package launches: a jitted function named so."""
+    loaded = importlib.import_module(module)
+    own = {k for k, v in vars(loaded).items() if k.endswith("_kernel") and hasattr(v, "arg_names")}
+    own = {k for k in own if getattr(loaded, k).fn.__module__ == module}
+    cases = list(loaded.cases())
+    assert own <= {case.kernel.__name__ for case in cases}
+    assert {case.architecture for case in cases} == ARCHITECTURES.keys()
+    for case in cases:
+        given = case.signature.keys() | case.constexprs.keys()
+        assert set(case.kernel.arg_names) <= given, case.kernel.__name__
+
+
+@pytest.mark.parametrize(
+    "registers, shared, warps, expected",
+    [(32, 0, 4, 1.0), (255, 0, 8, 0.125), (64, 116000, 4, 0.0625), (33, 0, 4, 0.75)],
+)
+def test_occupancy(registers, shared, warps, expected):
+    """sm_90: 65536 registers, 228 KiB, 64 warps, 32 blocks."""
+    assert report._occupancy(report.TARGETS["sm_90"], registers, shared, warps) == expected

@@ -1,0 +1,261 @@
+"""The traffic model, against each address that the kernels touch and the formulas' products."""
+
+import contextlib
+import functools
+import importlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hal_kernels.kernels import (
+    hypernet_layer,
+    orthogonality_penalty,
+    rank_allocation,
+    svd_adapter,
+    svd_linear,
+    svd_linear_penalty,
+    traffic,
+)
+from hal_kernels.kernels.traffic import Traffic
+
+from .harness import DEVICE
+from .svd_cases import LARGE, gpu_like, make
+from .test_hypernet_layer import make as layer_inputs
+
+# Behind the functions of the same names.
+linear_op, penalty_op, layer_op = (
+    importlib.import_module(f"hal_kernels.ops.{name}")
+    for name in ("svd_linear", "orthogonality_penalty", "hypernet_layer")
+)
+
+
+@contextlib.contextmanager
+def counted():
+    """For each launch, (kernel, bytes read, bytes written) of floating-point numbers."""
+    from triton.runtime import interpreter
+
+    found: list[tuple[str, int, int]] = []
+    read: dict[int, set] = {}
+    written: dict[int, set] = {}
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, run = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+    def note(sets, ptrs, mask):
+        kind = ptrs.get_element_ty()
+        if kind.is_floating():
+            addresses = sets.setdefault(kind.primitive_bitwidth // 8, set())
+            addresses.update(ptrs.data[mask.data.astype(bool)].ravel().tolist())
+
+    def noted_load(self, ptrs, mask, *rest):
+        note(read, ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def noted_store(self, ptrs, value, mask, *rest):
+        note(written, ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    def noted_run(self, *args, **options):
+        read.clear()
+        written.clear()
+        run(self, *args, **options)
+        sizes = [sum(width * len(a) for width, a in sets.items()) for sets in (read, written)]
+        found.append((self.fn.__name__, *sizes))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_masked_load", noted_load)
+        patch.setattr(builder, "create_masked_store", noted_store)
+        patch.setattr(executor, "__call__", noted_run)
+        yield found
+
+
+def measured(function) -> list[tuple[int, int]]:
+    """(read, written) of each launch that `function` makes."""
+    with counted() as found:
+        function()
+    return [(read, written) for _, read, written in found]
+
+
+def moved(*parts: Traffic) -> list[tuple[int, int]]:
+    return [(part.read, part.written) for part in parts]
+
+
+class Products(TorchDispatchMode):
+    """Counts the flops of matrix products, those into an existing output too."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.split("::")[-1].rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
+            x, y = [a for a in args if isinstance(a, torch.Tensor)][-2:]
+            self.flops += 2 * x.numel() * y.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def flops_of(function) -> int:
+    with Products() as products:
+        function()
+    return products.flops
+
+
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="it is the interpreter that counts")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_the_adapter(monkeypatch, dtype):
+    """Columns shared out twice, rows twice: partial sums of h, u, dP and dQ; two blocks a split."""
+    gpu_like(monkeypatch, svd=LARGE, multiprocessors=8, row_splits=2, block_splits=(2, 2))
+    T, d_in, d_out, r = 200, 256, 144, 3
+    i, width = make(T, d_in, d_out, r, dtype, torch.float32), dtype.itemsize
+    dy, y = torch.randn(T, d_out).to(dtype), torch.empty(T, d_out, dtype=dtype)
+    parts = svd_adapter.shrink(i["x"], i["p"])
+    c = len(parts)
+    assert c == 2
+    assert measured(lambda: svd_adapter.shrink(i["x"], i["p"])) == moved(
+        traffic.shrink(T, d_in, r, width=width, splits=c)
+    )
+    h = svd_adapter.total_of(parts)
+    for base in (None, y):
+        assert measured(
+            lambda: svd_adapter.expand_(y, parts, i["lam"], i["q"], 1.0, h_sum=h, base=base)  # noqa: B023
+        ) == moved(traffic.expand(T, d_out, r, width=width, splits=c, base=base is not None))
+    u = torch.empty(2, T, r)
+    found = measured(lambda: svd_adapter.gradients_dy(dy, h, u, i["lam"], i["q"], 1.0))
+    part = traffic.gradients_dy(T, d_out, r, width=width, splits=2, parts=2, blocks=2)
+    # The sums in memory are written once a block of rows, to the same addresses.
+    assert found == [(part.read, part.written - 2 * r * d_out * 4)]
+    dx, sums = torch.empty_like(i["x"]), []
+    for add in (False, True):
+        found = measured(
+            lambda: sums.append(
+                svd_adapter.gradients_x(i["x"], h, u, i["p"], i["lam"], 1.0, dx=dx, add=add)  # noqa: B023
+            )
+        )
+        assert found == moved(
+            traffic.gradients_x(T, d_in, r, width=width, splits=2, parts=2, add=add)
+        )
+    dq = torch.randn(2, r, d_out)
+    found = measured(lambda: svd_adapter.reduce([*sums[0], dq], [i["p"], i["lam"], i["q"]]))
+    assert found == moved(traffic.reduce(d_in, d_out, r, splits=2, splits_q=2))
+
+
+@interpreted
+def test_bytes_of_the_adapter_of_a_high_rank(monkeypatch):
+    """dy is read twice by one launch, which the cache may hide: counted once here."""
+    gpu_like(monkeypatch, svd=LARGE, multiprocessors=8, row_splits=2)
+    T, d, r = 130, 144, 40
+    i, h, u = make(T, 64, d, r), torch.randn(T, r), torch.empty(2, T, r)
+    dy = torch.randn(T, d)
+    found = measured(lambda: svd_adapter.gradients_dy(dy, h, u, i["lam"], i["q"], 1.0))
+    part = traffic.gradients_dy(T, d, r, width=4, splits=2, parts=2, apart=True)
+    assert found == [(part.read - T * d * 4, part.written)]
+
+
+@interpreted
+def test_bytes_of_the_fused_layer_and_of_its_penalty(monkeypatch):
+    gpu_like(monkeypatch, svd=LARGE, multiprocessors=4, column_parts=2)
+    T, d_in, d_out, r = 70, 96, 200, 3
+    i = make(T, d_in, d_out, r)
+    arguments = (i["x"], i["weight"], None, i["p"], i["lam"], i["q"], 1.0, 0.0, None)
+    assert measured(lambda: svd_linear.forward(*arguments, path="fused")) == moved(
+        traffic.fused(T, d_in, d_out, r, width=4)
+    )
+    sizes = {"width": 4, "splits": 2}
+    assert measured(lambda: svd_linear_penalty.forward(*arguments, True)) == moved(
+        traffic.shrink(T, d_in, r, **sizes) + traffic.gram(d_in, r, splits=2),
+        traffic.expand(T, d_out, r, **sizes) + traffic.gram(d_out, r, splits=2),
+        traffic.finish(r, splits_p=2, splits_q=2),
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_the_penalty(dtype):
+    groups = [(3, 5, 40), (2, 4, 30)]  # matrices, r, d
+    factors = [torch.randn(g * r, d).to(dtype) for g, r, d in groups]
+    offsets = [torch.arange(0, g * r + 1, r) for g, r, _ in groups]
+    rest = (offsets, [r for _, r, _ in groups], True, 1.0)
+    residuals = orthogonality_penalty.forward(factors, *rest)[1]
+    width = dtype.itemsize
+    forward, backward = (
+        functools.reduce(Traffic.__add__, [part(*group, factor=width) for group in groups])
+        for part in (traffic.penalty_residual, traffic.penalty_gradient)
+    )
+    found = measured(lambda: orthogonality_penalty.forward(factors, *rest))
+    assert found == moved(forward, traffic.penalty_sum(5))
+    dvalue = torch.ones(())
+    ((read, written),) = measured(
+        lambda: orthogonality_penalty.backward(dvalue, factors, residuals, *rest)
+    )
+    assert (read - 4, written) == moved(backward)[0]  # the upstream gradient, one number
+
+
+@interpreted
+def test_bytes_of_the_hypernetwork_layer():
+    dtype = torch.bfloat16
+    sizes = traffic.Hypernet(
+        2, 13, 3, 12, 20, 3, dtype.itemsize, row_blocks=3, column_blocks=2, matrix_blocks=2
+    )
+    tokens, parameters = layer_inputs(
+        sizes.sets, sizes.matrices, sizes.rank, sizes.hidden, sizes.inner, dtype
+    )
+    keys = torch.ones(tokens.shape[:3], dtype=torch.bool)
+    forward = hypernet_layer.forward(tokens, keys, parameters, sizes.heads, 1e-5)
+    found = measured(lambda: hypernet_layer.forward(tokens, keys, parameters, sizes.heads, 1e-5))
+    norms = [sizes.linear_norm(n) for n in (sizes.hidden, sizes.inner)]
+    assert found == moved(sizes.attention(), norms[0], sizes.linear_gelu(), norms[1])
+    found = measured(
+        lambda: hypernet_layer.backward(
+            tokens, tokens, parameters, list(forward[1:]), sizes.heads, 1e-5
+        )
+    )
+    norms = [sizes.norm_backward(n) for n in (0, sizes.inner)]
+    assert found == moved(
+        norms[0], sizes.gelu_backward(), norms[1], sizes.attention_backward(), sizes.reduce()
+    )
+
+
+@interpreted
+def test_bytes_of_the_allocation():
+    lists = [[torch.rand(5, 3).to(t), torch.rand(7).to(t)] for t in
+             (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)]  # fmt: skip
+    found = measured(lambda: rank_allocation.update_importance(*lists, 0.85, 0.85))
+    assert found == moved(traffic.importance(22, factor=2))
+    scores = torch.randn(70)
+    found = measured(lambda: rank_allocation.prune_smallest(scores, 20))
+    assert found == moved(traffic.prune(70))
+
+
+def test_flops():
+    """Against the products of the implementations in plain PyTorch."""
+    T, d_in, d_out, r = 20, 48, 32, 3
+    i = make(T, d_in, d_out, r)
+    factors, dy = (i["p"], i["lam"], i["q"]), torch.randn(T, d_out)
+    more = (1.0, 0.0, None)
+    assert (
+        flops_of(lambda: linear_op._forward(i["x"], i["weight"], None, *factors, *more))
+        == (
+            traffic.gemm(T, d_in, d_out) + traffic.shrink(T, d_in, r) + traffic.expand(T, d_out, r)
+        ).flops
+    )
+    h = torch.randn(T, r)
+    found = flops_of(
+        lambda: linear_op._backward_default(dy, i["x"], h, i["weight"], *factors, *more, True, True)
+    )
+    gradients = traffic.gradients_dy(T, d_out, r) + traffic.gradients_x(T, d_in, r)
+    assert found == (traffic.gemm(T, d_out, d_in) + gradients).flops
+    rows, rest = torch.randn(15, 40), ([torch.arange(0, 16, 5)], [5], True, 1.0)
+    _, residuals = penalty_op._forward([rows], *rest)
+    found = flops_of(lambda: penalty_op._forward([rows], *rest))
+    assert found == traffic.penalty_residual(3, 5, 40).flops
+    found = flops_of(lambda: penalty_op._backward_default(torch.ones(()), [rows], residuals, *rest))
+    assert found == traffic.penalty_gradient(3, 5, 40).flops
+    sizes = traffic.Hypernet(2, 5, 3, 12, 20, 3)
+    tokens, parameters = layer_inputs(2, 5, 3, 12, 20, torch.float32)
+    keys = torch.ones(tokens.shape[:3], dtype=torch.bool)
+    _, *saved = layer_op._forward(tokens, keys, parameters, 3, 1e-5)
+    found = flops_of(lambda: layer_op._forward(tokens, keys, parameters, 3, 1e-5))
+    assert found == sizes.forward().flops
+    found = flops_of(lambda: layer_op._backward_default(tokens, tokens, parameters, saved, 3, 1e-5))
+    assert found == sizes.backward().flops

@@ -1,0 +1,369 @@
+"""What can be tested of tuning without a GPU: the search, what it measures on, and its file."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hal_kernels import __version__, tune
+from hal_kernels.kernels import configs, problems, tuned
+from hal_kernels.kernels.configs import ARCHITECTURES, DEFAULT, SM_90, Tile
+from hal_kernels.kernels.problems import Sizes
+from hal_kernels.kernels.tuned import LIMITS, apply_tuned, load, path_of, save, tiles_of, with_tiles
+
+from .harness import DEVICE
+
+NAME = "NVIDIA H100 80GB HBM3"
+SMALL = Sizes((24, 64), (20, 64), (1, 3), (2, 2), 2, (16, 20, 1))
+RATES = {"multiprocessors": 100, "bandwidth": 2.5e6, "gemm_slowdown": 1.1, "prepare": False}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """The file that $HAL_KERNELS_TUNED names."""
+    path = tmp_path / "tuned.json"
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    return path
+
+
+def changed(gpu=SM_90):
+    """Every tile, moved to its first neighbour."""
+    return {name: tune.neighbours(name, tile)[0] for name, tile in tiles_of(gpu).items()}
+
+
+def same(one, other):
+    """Architectures compare by identity."""
+    return dataclasses.asdict(one) == dataclasses.asdict(other)
+
+
+@pytest.mark.parametrize("gpu", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_names_of_tiles(gpu):
+    tiles = tiles_of(gpu)
+    assert same(with_tiles(gpu, {}), gpu)
+    moved = with_tiles(gpu, changed(gpu))
+    assert tiles_of(moved) == changed(gpu)
+    assert all(tile != tiles[name] for name, tile in tiles_of(moved).items())
+    assert {name.split(".")[0] for name in tiles} == {"svd", "penalty", "hypernet"}
+
+
+@pytest.mark.parametrize("gpu", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_shipped_tiles_may_be_stored(gpu, tmp_path):
+    path = tmp_path / "tuned.json"
+    save(path, gpu, NAME, tiles_of(gpu), {})
+    assert same(load(path, gpu, NAME), gpu)
+
+
+def test_neighbours():
+    tile = Tile(16, 512, 4, 1, 64)
+    found = tune.neighbours("svd.16.fused.0", tile)
+    steps = [
+        {"rows": 32}, {"columns": 256}, {"depth": 32}, {"depth": 128}, {"num_warps": 2},
+        {"num_warps": 8}, {"num_stages": 2},
+    ]  # fmt: skip
+    assert found == [dataclasses.replace(tile, **step) for step in steps]
+    # A field that a kernel does not use stays zero, and a penalty's rows are the class of ranks.
+    assert {t.columns for t in tune.neighbours("hypernet.few.rows", Tile(16, 0, 8, 2, 32))} == {0}
+    assert {t.rows for t in tune.neighbours("penalty.64.residual", Tile(64, 32, 4, 3))} == {64}
+    assert all(t.columns >= 32 for t in tune.neighbours("svd.16.dy", Tile(64, 32, 4, 3)))
+
+
+def test_search_goes_on_until_no_neighbour_is_better():
+    """On a cost that falls towards one tile; what cannot be measured is gone around."""
+    goal, seen, lines = Tile(128, 256, 8, 3), [], []
+
+    def cost(tile):
+        seen.append(tile)
+        if tile.num_warps == 16:
+            return float("inf"), "OutOfResources: shared memory"
+        away = abs(tile.rows - goal.rows) + abs(tile.columns - goal.columns)
+        return 1.0 + away + abs(tile.num_warps - 8) + abs(tile.num_stages - 3), ""
+
+    best, found, before = tune.search("svd.16.shrink", Tile(32, 64, 4, 5), cost, lines.append)
+    assert best == goal and found == 1.0 and before == 1.0 + 96 + 192 + 4 + 2
+    assert len(seen) == len(set(seen)) == len(lines)
+    assert any("OutOfResources" in line for line in lines)
+
+
+def test_search_leaves_a_tile_that_does_not_compile():
+    best, found, _ = tune.search(
+        "svd.16.shrink", Tile(64, 64, 4, 2),
+        lambda t: (float(t.rows), "") if t.rows < 64 else (float("inf"), "no"), lambda line: None,
+    )  # fmt: skip
+    assert best.rows == 16 and found == 16.0
+
+
+def test_every_tile_has_problems_that_its_kernel_solves():
+    """In 16 and in 32 bits, and with a neighbouring tile."""
+    timed = []
+    for name, tile in changed(DEFAULT).items():
+        if name.startswith(("svd.128", "penalty.64", "penalty.128", "hypernet.many.rows")):
+            continue  # as another of its kind
+        cases = list(problems.problems(name, torch.device(DEVICE), SMALL))
+        assert len(cases) >= 2
+        cost, wrong = problems.seconds_per(
+            DEFAULT, name, tile, cases, lambda run: timed.append(run) or 2.0
+        )
+        assert wrong == "" and cost == pytest.approx(2.0), name
+    assert len(timed) > 20
+
+
+def test_a_wrong_result_is_not_a_candidate():
+    device = torch.device(DEVICE)
+    (case, *_) = problems.problems("svd.32.shrink", device, SMALL)
+    assert case.wrong() == ""
+    off = dataclasses.replace(case, expected=[case.expected[0] * 1.1])
+    assert "relative error 0.09" in off.wrong()
+    nan = dataclasses.replace(case, results=lambda out: [out[0].sum(0) * float("nan")])
+    assert "relative error nan" in nan.wrong()
+    tile = Tile(64, 32, 4, 2)
+    cost, wrong = problems.seconds_per(DEFAULT, "svd.32.shrink", tile, [off], lambda run: 1.0)
+    assert cost == float("inf") and "relative error" in wrong
+    broken = dataclasses.replace(case, run=lambda: 1 // 0)
+    cost, wrong = problems.seconds_per(DEFAULT, "svd.32.shrink", tile, [broken], lambda run: 1.0)
+    assert cost == float("inf") and wrong.startswith("ZeroDivisionError: ")
+
+
+def test_a_candidate_is_what_is_launched():
+    """And of a hypernetwork's tiles for few tokens, for many as well."""
+    tile = Tile(64, 32, 4, 2)
+    gpu = problems.candidate(DEFAULT, "svd.32.shrink", tile)
+    assert gpu.svd_tiles(3, True).shrink is tile
+    tile = Tile(32, 0, 8, 2, 64)
+    gpu = problems.candidate(DEFAULT, "hypernet.many.rows", tile)
+    assert gpu.hypernet_tiles(1).rows is gpu.hypernet_tiles(10**6).rows is tile
+
+
+def test_tuning_finds_the_faster_tile():
+    """By a clock that counts columns; one kernel of each kind."""
+    only = ["penalty.16.residual", "svd.32.expand"]
+    clock = []
+
+    def bench(run):
+        gpu = configs.architecture_of(torch.device(DEVICE))
+        tiles = (gpu.penalty[16].residual, gpu.svd[32].expand)
+        clock.append(sum(t.columns + t.rows + t.num_warps + t.num_stages for t in tiles))
+        return clock[-1] * 1e-6
+
+    small = dataclasses.replace(SMALL, large=(17, 64), small=(17, 64))
+    gpu = dataclasses.replace(DEFAULT, svd={32: DEFAULT.svd[32], 128: DEFAULT.svd[128]})
+    lines: list[str] = []
+    found = dict(tune.tune(gpu, torch.device(DEVICE), only, bench, small, lines.append))
+    assert found == {
+        "svd.32.expand": Tile(16, 32, 1, 1),
+        "penalty.16.residual": Tile(16, 16, 1, 1),
+    }
+    assert "svd.32.expand" in lines and any("times as fast" in line for line in lines)
+
+
+def test_rates():
+    sizes = dataclasses.replace(SMALL, large=(64, 64), small=(32, 64))
+    seconds = iter([1e-6, 2e-6, 3e-6, 4e-6, 5e-6])
+    rates = tune.measured_rates(DEFAULT, torch.device(DEVICE), lambda run: next(seconds), sizes)
+    assert rates["bandwidth"] == pytest.approx(2 * 64 * 64 * 2)
+    assert rates["matrix_rate"] == pytest.approx(2 * 64**3 / 2)
+    assert rates["prepare"] is True  # 3 µs against 4
+    assert rates["launch_us"] > 0 and rates["gemm_slowdown"] > 0
+    assert rates.keys() < tuned.RATES.keys()
+
+
+def test_only():
+    assert list(tune.selected(SM_90, ["svd.16"])) == [
+        f"svd.16.{n}" for n in ("shrink", "expand", "dy", "x", "fused.0", "fused.1", "fused.2")
+    ]
+    assert list(tune.selected(SM_90, ["hypernet.few.rows"])) == ["hypernet.few.rows"]
+    assert tune.selected(SM_90, []) == tiles_of(SM_90)
+    with pytest.raises(ValueError, match=r"no tile is named 'svd.1', expected one of \['svd.16.s"):
+        tune.selected(SM_90, ["svd.1"])
+
+
+def test_where_the_file_lies(monkeypatch, tmp_path):
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = f"tuned-NVIDIA-H100-80GB-HBM3-{__version__}.json"
+    assert path_of(NAME) == tmp_path / "hal_kernels" / name
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path_of(NAME) == tmp_path / ".cache" / "hal_kernels" / name
+    monkeypatch.setenv(tuned.VARIABLE, "~/mine.json")
+    assert path_of(NAME) == tmp_path / "mine.json"
+    monkeypatch.setenv(tuned.VARIABLE, "")
+    assert path_of(NAME) is None
+
+
+def test_what_is_saved_is_loaded(file):
+    save(file, SM_90, NAME, changed(), RATES)
+    gpu = apply_tuned(SM_90, NAME)
+    assert same(gpu, dataclasses.replace(with_tiles(SM_90, changed()), **RATES))
+    assert os.listdir(file.parent) == [file.name]  # nothing half written is left
+
+
+def test_a_part_may_be_saved(file):
+    save(file, SM_90, NAME, {"svd.32.x": Tile(32, 64, 4, 2)}, {"bandwidth": 3e6})
+    gpu = apply_tuned(SM_90, NAME)
+    assert gpu.svd[32].x == Tile(32, 64, 4, 2) and gpu.bandwidth == 3e6
+    assert gpu.svd[32].dy == SM_90.svd[32].dy and gpu.matrix_rate == SM_90.matrix_rate
+
+
+def test_without_a_file(monkeypatch, tmp_path, recwarn):
+    """Nothing is said, unless the user named it."""
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert apply_tuned(SM_90, NAME) is SM_90
+    monkeypatch.setenv(tuned.VARIABLE, "")
+    assert apply_tuned(SM_90, NAME) is SM_90
+    assert not recwarn
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "none.json"))
+    with pytest.warns(UserWarning, match=r"none.json is not used: No such file or directory; the"):
+        assert apply_tuned(SM_90, NAME) is SM_90
+
+
+def put(*path):
+    """A change of the file's content: the last of `path` is set."""
+
+    def change(content):
+        *outer, key, value = path
+        for step in outer:
+            content = content[step]
+        content[key] = value
+
+    return change
+
+
+SHRINK = ("tiles", "svd.16.shrink")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (put("version", "0.0.1"), "version is '0.0.1', expected '"),
+        (put("device", "NVIDIA A100"), "device is 'NVIDIA A100', expected 'NVIDIA H100"),
+        (put("architecture", "sm_80"), "architecture is 'sm_80', expected 'sm_90'"),
+        (put("more", 1), r"the file has 'more', expected some of \['version'"),
+        (put("gpu", []), "gpu is a list, expected a table"),
+        (put("gpu", "speed", 1), "gpu has 'speed', expected some of"),
+        (put("gpu", "bandwidth", 0), "gpu.bandwidth is 0, expected a number above zero"),
+        (put("gpu", "bandwidth", float("inf")), "gpu.bandwidth is inf, expected a number"),
+        (put("gpu", "bandwidth", True), "gpu.bandwidth is True, expected a number"),
+        (put("gpu", "multiprocessors", 1.5), "gpu.multiprocessors is 1.5, expected a whole"),
+        (put("gpu", "prepare", 1), "gpu.prepare is 1, expected true or false"),
+        (put("tiles", "svd.48.shrink", {}), "tiles has 'svd.48.shrink', expected some of"),
+        (put(*SHRINK, 3), "tiles.svd.16.shrink is a int, expected a table"),
+        (put(*SHRINK, "height", 3), "tiles.svd.16.shrink has 'height', expected some of"),
+        (put(*SHRINK, "rows", 48), "shrink.rows is 48, expected a power of two"),
+        (put(*SHRINK, "rows", 8), "shrink.rows is 8, expected an integer from 16 to 256"),
+        (put(*SHRINK, "rows", 64.0), "shrink.rows is 64.0, expected an integer from"),
+        (put(*SHRINK, "rows", True), "shrink.rows is True, expected an integer from"),
+        (put(*SHRINK, "rows", None), "shrink.rows is None, expected an integer from"),
+        (put(*SHRINK, "columns", 16), "shrink.columns is 16, expected an integer from 32 to"),
+        (put(*SHRINK, "num_warps", 3), "shrink.num_warps is 3, expected a power of two"),
+        (put(*SHRINK, "num_stages", 9), "shrink.num_stages is 9, expected an integer from 1"),
+        (put(*SHRINK, "depth", 64), "shrink.depth is 64, expected 0"),
+        (
+            put("tiles", "penalty.16.residual", "rows", 32),
+            "penalty.16.residual.rows is 32, expected 16",
+        ),
+    ],
+)
+def test_a_bad_file_is_one_warning(file, change, message):
+    save(file, SM_90, NAME, tiles_of(SM_90), RATES)
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=rf"hal_kernels: .*tuned.json is not used: .*{message}"):
+        assert apply_tuned(SM_90, NAME) is SM_90
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"tiles": {}}'])
+def test_a_file_of_something_else(file, content):
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match="is not used") as warned:
+        assert apply_tuned(SM_90, NAME) is SM_90
+    assert len(warned) == 1
+
+
+def test_it_is_read_once_and_before_the_first_launch(file, monkeypatch):
+    save(file, SM_90, NAME, changed(), RATES)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: NAME)
+    monkeypatch.setattr(torch.version, "hip", None)
+    configs._of_gpu.cache_clear()
+    try:
+        gpu = configs.architecture_of(torch.device("cuda", 0))
+        assert gpu.multiprocessors == 100 and tiles_of(gpu) == changed()
+        file.unlink()
+        assert configs.architecture_of(torch.device("cuda", 0)) is gpu
+    finally:
+        configs._of_gpu.cache_clear()
+
+
+def test_limits_leave_room_for_every_kernel():
+    assert all(least <= most for least, most in LIMITS.values())
+
+
+def command(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.run(
+        [sys.executable, "-m", "hal_kernels.tune", *arguments],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+
+
+def test_command_without_a_gpu():
+    done = command()
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("no GPU: tiles are measured on the one that is to use them")
+
+
+def test_dry_run(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main(["--dry-run", "--only", "svd.32.shrink", "hypernet.few.rows"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split(":")[0] for line in lines if not line.startswith(" ")]
+    assert names == ["svd.32.shrink", "hypernet.few.rows"]
+    assert lines[0] == "svd.32.shrink: 64×32, 4 warps, 2 stages"
+    assert lines[1] == "  32×32, 4 warps, 2 stages"
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--dry-run", "--only", "nonsense"])
+    assert "no tile is named 'nonsense'" in capsys.readouterr().err
+
+
+def test_interpreted_kernels_are_not_measured(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(configs, "shipped", lambda index: SM_90)
+    with pytest.raises(SystemExit, match="2"):
+        tune.main([])
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
+
+
+def test_a_run_writes_what_it_found(file, monkeypatch, capsys):
+    """All of `main`, on a GPU that is made up. A second run goes on from the first."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: NAME)
+    properties = dataclasses.make_dataclass("Properties", ["multi_processor_count"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties(114))
+    monkeypatch.setattr(configs, "shipped", lambda index: SM_90)
+    monkeypatch.setattr(tune, "measured_rates", lambda *rest: {"bandwidth": 3e6})
+    found = {"svd.16.x": Tile(32, 64, 4, 2)}
+
+    def tuned_tiles(gpu, device, only, bench, sizes):
+        assert only == ["svd.16"] and gpu.bandwidth == 3e6 and gpu.multiprocessors == 114
+        yield from found.items()
+
+    monkeypatch.setattr(tune, "tune", tuned_tiles)
+    assert tune.main(["--only", "svd.16"]) == 0
+    assert f"written to {file}" in capsys.readouterr().out
+    gpu = apply_tuned(SM_90, NAME)
+    assert gpu.multiprocessors == 114 and gpu.bandwidth == 3e6
+    assert tiles_of(gpu) == tiles_of(SM_90) | found
+    found = {"svd.16.dy": Tile(32, 32, 4, 2)}
+    assert tune.main(["--only", "svd.16"]) == 0
+    assert tiles_of(apply_tuned(SM_90, NAME))["svd.16.x"] == Tile(32, 64, 4, 2)
