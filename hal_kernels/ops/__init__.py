@@ -3,6 +3,7 @@
 One file an operator: formula, public function, reference, default backend, gradient, schema.
 """
 
+from ..backends import load_native
 from .hypernet_factors import hypernet_factors, hypernet_factors_reference
 from .hypernet_layer import hypernet_layer, hypernet_layer_reference
 from .hypernet_tokens import hypernet_tokens, hypernet_tokens_reference
@@ -45,3 +46,5 @@ __all__ = [
     "update_importance_",
     "update_importance_reference",
 ]
+
+load_native()

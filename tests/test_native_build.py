@@ -1,0 +1,214 @@
+"""Building and loading of the native operators, and life without them."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hal_kernels
+from hal_kernels.backends import LIBRARY, _defect, _load
+
+ROOT = Path(hal_kernels.__file__).parents[1]
+BUILT = pytest.mark.skipif(not LIBRARY.exists(), reason="the native operators are not built")
+SOURCE = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree")
+
+# One operator of the public interface, and what serves it.
+USE = """
+import hal_kernels, torch
+one = torch.ones(2, 3, requires_grad=True)
+hal_kernels.ops.svd_adapter_add(one, one, one, one[:, 0], one, scaling=0.5).sum().backward()
+assert one.grad.isfinite().all()
+print(*hal_kernels.backends()["svd_adapter_add"]["cpu"], sep="|")
+"""
+
+
+def use(native):
+    """(backend, reason, what stands on stderr) in a new process with HAL_KERNELS_NATIVE so set."""
+    environment = {**os.environ, "HAL_KERNELS_NATIVE": str(native), "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONWARNINGS", None)
+    command = [sys.executable, "-c", USE]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return *run.stdout.strip().split("|"), run.stderr
+
+
+def build(*arguments, **variables):
+    """Run setup.py; what it wrote on stderr."""
+    command = [sys.executable, "setup.py", "-q", *map(str, arguments)]
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stderr
+
+
+# ---- loading -------------------------------------------------------------------------------
+
+
+def test_turned_off():
+    name, reason, errors = use("0")
+    assert (name, reason) == (
+        "default", "the native operators are turned off by HAL_KERNELS_NATIVE=0"
+    )  # fmt: skip
+    assert errors == ""
+
+
+def truncated(content):
+    return content[: len(content) * 2 // 3], "the file is truncated"
+
+
+def garbage(content):
+    return bytes(range(256)) * 64, "it is not a library of hal_kernels"
+
+
+def of_another_version(content):
+    changed = content.replace(
+        b"prune_smallest(Tensor scores, int", b"prune_smallest(Tensor scores, Int"
+    )
+    return changed, "it was built for another version of hal_kernels (prune_smallest has changed)"
+
+
+@BUILT
+@pytest.mark.parametrize("spoil", [truncated, garbage, of_another_version])
+def test_a_broken_library_is_one_warning_and_no_crash(tmp_path, spoil):
+    broken = tmp_path / "broken.so"
+    content, problem = spoil(LIBRARY.read_bytes())
+    broken.write_bytes(content)
+    name, reason, errors = use(broken)
+    assert name == "default"
+    assert reason == f"the native operators in {broken} cannot be used: {problem}"
+    assert errors.count("hal_kernels:") == 1
+    assert f"<string>:2: UserWarning: hal_kernels: {reason}. Plain PyTorch serves" in errors
+
+
+@BUILT
+def test_a_named_library_is_loaded(tmp_path):
+    copy = shutil.copy(LIBRARY, tmp_path / "copy.so")
+    name, reason, errors = use(copy)
+    assert name == "native"
+    assert reason.startswith("copy.so, ")
+    assert errors == ""
+
+
+@BUILT
+def test_defects_that_are_found_before_loading(tmp_path):
+    content = LIBRARY.read_bytes()
+    assert _defect(content) is None
+    assert _defect(b"") == "it is not a library of hal_kernels"
+    assert _defect(b"\x7fELF\x02") == "the file is truncated"
+    for length in (10, 64, 5000, len(content) - 1):
+        assert _defect(content[:length]) in (
+            "the file is truncated", "it is not a library of hal_kernels"
+        )  # fmt: skip
+    assert _defect(Path(sys.executable).resolve().read_bytes()) == (
+        "it is not a library of hal_kernels"
+    )
+    undecodable = content.replace(b"prune_smallest(", b"prune_smallest\xff")
+    assert "another version" in _defect(undecodable)
+    known = b"prune_smallest(Tensor scores, int count)"
+    assert known in content
+    for other in (b"prune_smallest(Tensor scores, int cOunt)", b"prune_smaLlest(Tensor scores, in"):
+        changed = content.replace(known, other.ljust(len(known), b" "))
+        assert _defect(changed).startswith(
+            f"it was built for another version of hal_kernels ({other.split(b'(')[0].decode()}"
+        )
+
+
+def test_what_the_loader_itself_reports(tmp_path):
+    missing = tmp_path / "none.so"
+    assert _load(missing) == f"[Errno 2] No such file or directory: '{missing}'"
+    script = tmp_path / "script.so"
+    script.write_bytes(b"hal_kernels schemas\n\0")
+    assert "script.so" in _load(script)
+
+
+def test_nothing_is_warned_about_in_this_process():
+    """Either it is loaded or it was not built: pytest makes an error of our warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = hal_kernels.backends()["svd_linear"]["cpu"]
+    assert found.name in ("native", "default") and found.reason
+
+
+# ---- building --------------------------------------------------------------------------------
+
+
+@SOURCE
+def test_metadata_needs_no_torch(tmp_path):
+    """setup.py is run for every question about the project, in environments without torch."""
+    script = (
+        "import runpy, sys; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py');"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
+
+
+@SOURCE
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"HAL_KERNELS_BUILD": "0"}, "HAL_KERNELS_BUILD=0: plain PyTorch serves."),
+        (
+            {"CXX": "no-such-compiler"},
+            "the native CPU operators were not built: there is no C++ compiler "
+            "'no-such-compiler' (CXX names another one). Plain PyTorch serves instead.",
+        ),
+        ({"CXX": "false"}, "the native CPU operators were not built: this command failed: false"),
+    ],
+)
+def test_a_build_without_the_library_is_no_error(tmp_path, variables, message):
+    before = LIBRARY.exists()
+    stderr = build(
+        "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects", **variables
+    )
+    assert stderr.count("hal_kernels: ") == 1
+    assert f"hal_kernels: {message}" in stderr
+    assert not list(tmp_path.rglob("*.so"))
+    assert LIBRARY.exists() == before
+
+
+@SOURCE
+def test_the_source_distribution_has_the_sources(tmp_path):
+    build("egg_info", "--egg-base", tmp_path)
+    listed = (tmp_path / "hal_kernels.egg-info/SOURCES.txt").read_text().split()
+    sources = {str(f.relative_to(ROOT)) for f in (ROOT / "csrc").glob("*.*") if f.is_file()}
+    assert len(sources) > 5
+    assert sources <= set(listed)
+
+
+@SOURCE
+@BUILT
+@pytest.mark.slow
+def test_a_wheel_serves_every_python(tmp_path):
+    """It holds the library and nothing that depends on the Python it was built with."""
+    temporary = ["--bdist-dir", tmp_path / "wheel", "--dist-dir", tmp_path]
+    build(
+        "egg_info", "--egg-base", tmp_path,
+        "build", "--build-base", tmp_path / "build", "bdist_wheel", *temporary,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stem.split("-", 2)[2].startswith("py3-none-")
+    assert not wheel.stem.endswith("-any")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "hal_kernels/libhal_kernels.so" in names
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    name, _, errors = use(tmp_path / "installed/hal_kernels/libhal_kernels.so")
+    assert (name, errors) == ("native", "")
+
+
+@SOURCE
+@pytest.mark.slow
+def test_a_wheel_without_the_library_serves_every_platform(tmp_path):
+    temporary = ["--bdist-dir", tmp_path / "wheel", "--dist-dir", tmp_path]
+    build(
+        "egg_info", "--egg-base", tmp_path,
+        "build", "--build-base", tmp_path / "build", "bdist_wheel", *temporary,
+        HAL_KERNELS_BUILD="0",
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stem.endswith("py3-none-any")
+    assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
