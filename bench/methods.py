@@ -71,17 +71,15 @@ class Method:
     def _peft_lora(self, model: nn.Module) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
-            r=RANK, lora_alpha=8, target_modules=TARGETS, modules_to_save=["classifier"]
-        )
+        config = LoraConfig(r=RANK, lora_alpha=8, target_modules=TARGETS, task_type="SEQ_CLS")
         return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
     def _peft_adalora(self, model: nn.Module) -> nn.Module:
         from peft import AdaLoraConfig, get_peft_model
 
-        config = AdaLoraConfig(
+        config = AdaLoraConfig(  # without a task type PEFT leaves its penalty out
             init_r=INIT_RANK, target_r=RANK, lora_alpha=8, target_modules=TARGETS,
-            modules_to_save=["classifier"], orth_reg_weight=0.1, deltaT=INTERVAL,
+            task_type="SEQ_CLS", orth_reg_weight=0.1, deltaT=INTERVAL,
             tinit=0, tfinal=TOTAL_STEPS // 10, total_step=TOTAL_STEPS,
         )  # fmt: skip
         adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]

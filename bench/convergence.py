@@ -1,0 +1,246 @@
+"""Convergence: training loss against steps and seconds, methods over a grid of learning rates.
+
+    python -m bench.convergence --data FOLDER --task sst2 [--method hyper adalora] [--lr 1e-4 ...]
+                                [--seed 0 1 2] [--steps 160] [--target 0.5]
+
+FOLDER holds ``<task>_train.jsonl`` and ``<task>_dev.jsonl`` (or .gz). Batches, head, warm-up and
+schedule are the same for all methods; r = 3 (initially 3: nothing is pruned unless --init-rank says
+more). Each run appends a row with its whole loss curve; a run that has a row is not run again, so
+the command can be stopped and repeated. At the end: for each method the mean number of steps and
+seconds until the running mean of the loss (over 20 steps) is below the target, and a plot.
+"""
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import hal_kernels
+
+from .common import append_row, parser
+
+WINDOW = 20  # steps of the running mean
+ALPHA, GAMMA, HEAD_LR, BATCH, LENGTH = 8.0, 0.1, 1e-3, 32, 48
+METHODS: dict[str, dict[str, Any]] = {
+    "adalora": {},  # PEFT's
+    "direct": {"hypernet": "direct", "penalty": "frobenius"},
+    "hyper": {"hypernet": "bert"},
+    "hyper-mlp": {"hypernet": "mlp"},
+    "hyper-cnn": {"hypernet": "cnn"},
+    "hyper-replace": {"hypernet": "bert", "update": "replace"},
+    "hyper-residual": {"hypernet": "bert", "update": "residual"},
+}
+GRIDS = {  # factor-3 steps; the paper's 1e-5 is in all of them
+    "adalora": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "direct": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "hyper": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+}
+KEYS = ("task", "method", "lr", "seed", "steps", "init_rank", "model")
+
+
+def build(method: str, model: Any, init_rank: int, seed: int, steps: int) -> tuple[Any, Any]:
+    """(adapted model, what is called after each step)."""
+    from hal_peft.demo_methods import HEADS, adapted_layers
+
+    targets = adapted_layers(model)
+    interval = max(1, steps // 20)
+    if method == "adalora":
+        from peft import AdaLoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        config = AdaLoraConfig(
+            task_type="SEQ_CLS", target_modules=targets, modules_to_save=list(HEADS),
+            init_r=init_rank, target_r=3, orth_reg_weight=GAMMA, deltaT=interval,
+            lora_alpha=ALPHA * init_rank / 3,  # type: ignore[arg-type]
+            tinit=steps // 10, tfinal=steps // 3, total_step=steps,
+        )  # fmt: skip
+        adapted: Any = get_peft_model(model, config)
+        # Pruning from rank 3 to 3 fails in PEFT, and would do nothing.
+        after = adapted.base_model.update_and_allocate if init_rank > 3 else lambda step: None
+        return adapted, after
+    hal_kernels.patch_model(
+        model, 3, init_rank=init_rank, targets=targets, modules_to_save=HEADS, alpha=ALPHA,
+        gamma=GAMMA, interval=interval, seed=seed, **METHODS[method],
+    )  # fmt: skip
+    return model, lambda step: None
+
+
+def run(key: dict[str, Any], source: str, data: Path) -> dict[str, Any]:
+    """Train once; the loss (without the penalty) and the seconds at each step, and accuracies."""
+    from torch.nn.functional import cross_entropy
+    from transformers import get_cosine_schedule_with_warmup
+
+    from hal_peft.demo_data import accuracy, encode, training_batches
+    from hal_peft.demo_methods import HEADS, load_base, load_tokenizer
+    from hal_peft.text_data import read_jsonl_pair
+
+    found = read_jsonl_pair(_file(data, key["task"], "train"), _file(data, key["task"], "dev"))
+    tokenizer = load_tokenizer(source)
+    train, dev = (encode(tokenizer, rows, LENGTH) for rows in (found.train, found.dev))
+    base = load_base(source, len(found.label_names), key["seed"])
+    model, after = build(key["method"], base, key["init_rank"], key["seed"], key["steps"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    head = [p for n, p in named if set(n.split(".")) & set(HEADS)]
+    rest = [p for n, p in named if not set(n.split(".")) & set(HEADS)]
+    optimizer = torch.optim.AdamW(
+        [{"params": rest, "lr": key["lr"]}, {"params": head, "lr": HEAD_LR}], weight_decay=0.0
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, key["steps"] // 10, key["steps"])
+    losses, seconds = [], []
+    batches = training_batches(tokenizer, train, BATCH, key["steps"], key["seed"])
+    for step, batch in enumerate(batches, start=1):
+        batch = {name: t.to(device) for name, t in batch.items()}
+        torch.manual_seed(1000 * key["seed"] + step)  # the base model's dropout
+        start = time.perf_counter()
+        out = model(**batch)
+        out.loss.backward()
+        optimizer.step()
+        after(step)
+        schedule.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(round(time.perf_counter() - start, 5))
+        losses.append(round(float(cross_entropy(out.logits.detach(), batch["labels"])), 5))
+    model.eval()
+    return {"losses": losses, "seconds": seconds, "accuracy": accuracy(model, tokenizer, dev)}
+
+
+def _file(folder: Path, task: str, part: str) -> Path:
+    for path in (folder / f"{task}_{part}.jsonl", folder / f"{task}_{part}.jsonl.gz"):
+        if path.exists():
+            return path
+    raise SystemExit(f"there is no {task}_{part}.jsonl (or .gz) in {folder}")
+
+
+def reached(losses: Sequence[float], target: float) -> int | None:
+    """The first step whose running mean is at or below `target`."""
+    for step in range(WINDOW, len(losses) + 1):
+        if statistics.fmean(losses[step - WINDOW : step]) <= target:
+            return step
+    return None
+
+
+def summary(rows: Iterable[dict[str, Any]], target: float) -> list[dict[str, Any]]:
+    """One entry a method and lr: means over its seeds."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["lr"]), []).append(row)
+    found = []
+    for (method, lr), members in groups.items():
+        steps = [reached(m["losses"], target) for m in members]
+        got = [(s, sum(m["seconds"][:s])) for s, m in zip(steps, members, strict=True) if s]
+        found.append(
+            {
+                "method": method,
+                "lr": lr,
+                "seeds": len(members),
+                "reached": len(got),
+                "steps": statistics.fmean(s for s, _ in got) if got else None,
+                "seconds": statistics.fmean(t for _, t in got) if got else None,
+                "final": statistics.fmean(statistics.fmean(m["losses"][-WINDOW:]) for m in members),
+                "accuracy": statistics.fmean(m["accuracy"] for m in members),
+            }
+        )
+    return sorted(found, key=lambda f: (f["method"], f["lr"]))
+
+
+def plot(rows: Sequence[dict[str, Any]], best: dict[str, float], title: str, path: Path) -> None:
+    """Running mean of the loss against steps and against seconds, a band over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for color, (method, lr) in enumerate(best.items()):
+        members = [r for r in rows if r["method"] == method and r["lr"] == lr]
+        curves = torch.tensor([r["losses"] for r in members]).unfold(1, WINDOW, 1).mean(2)
+        times = torch.tensor([r["seconds"] for r in members]).cumsum(1).mean(0)[WINDOW - 1 :]
+        middle, low, high = curves.mean(0), curves.amin(0), curves.amax(0)
+        for axis, x in ((axes[0], torch.arange(WINDOW, WINDOW + len(middle))), (axes[1], times)):
+            axis.plot(x, middle, color=f"C{color}", label=f"{method}, lr {lr:g}")
+            axis.fill_between(x, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
+    axes[0].set(xlabel="steps", ylabel=f"training loss, mean of {WINDOW} steps", title=title)
+    axes[1].set(xlabel="seconds")
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument(
+        "--data", type=Path, required=True, help="folder of the tasks' JSONL files"
+    )
+    options.add_argument("--task", default="sst2")
+    options.add_argument("--model", default="", help="default: the packaged MiniLM")
+    options.add_argument("--method", nargs="+", choices=METHODS, default=["adalora", "hyper"])
+    options.add_argument("--lr", type=float, nargs="+", help="instead of the methods' grids")
+    options.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--steps", type=int, default=160)
+    options.add_argument("--init-rank", type=int, default=3)
+    options.add_argument("--target", type=float, default=0.5, help="loss that is to be reached")
+    arguments = options.parse_args()
+    from hal_peft.demo import packaged_model
+
+    # Rows name the model, not where it lies.
+    model = Path(arguments.model).name or "MiniLM-L6"
+    source = arguments.model or packaged_model()
+    path, console = Path(arguments.out) / "convergence.jsonl", Console()
+    common = {"task": arguments.task, "steps": arguments.steps, "init_rank": arguments.init_rank}
+    for method, seed in itertools.product(arguments.method, arguments.seed):
+        grid = arguments.lr or GRIDS[method if method in GRIDS else "hyper"]
+        for lr in grid:
+            key = common | {"method": method, "lr": lr, "seed": seed, "model": model}
+            if _matching(path, key):
+                continue
+            result = run(key, source, arguments.data)
+            append_row("convergence", key | result, Path(arguments.out))
+            console.print(
+                f"{method} lr {lr:g} seed {seed}: last loss "
+                f"{statistics.fmean(result['losses'][-WINDOW:]):.3f}, accuracy "
+                f"{result['accuracy']:.3f}, {sum(result['seconds']):.0f} s"
+            )
+    rows = _matching(path, common | {"model": model})
+    rows = [row for row in rows if row["method"] in arguments.method]
+    found = summary(rows, arguments.target)
+    table = Table(title=f"{arguments.task}: until the mean loss is {arguments.target:g}")
+    for column in ("method", "lr", "seeds", "reached", "steps", "seconds", "final", "accuracy"):
+        table.add_column(column)
+    for entry in found:
+        cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in entry.values())
+        table.add_row(*cells)
+    console.print(table)
+    best = {
+        method: min(
+            (e for e in found if e["method"] == method),
+            key=lambda e: (-e["reached"], e["steps"] or 0.0, e["final"]),
+        )["lr"]
+        for method in dict.fromkeys(e["method"] for e in found)
+    }
+    if best and not arguments.no_save:
+        name = f"convergence-{arguments.task}.png"
+        plot(rows, best, f"{arguments.task}, {model}", Path(arguments.out) / name)
+        console.print(f"best learning rates {best}; plot in {Path(arguments.out) / name}")
+    return 0
+
+
+def _matching(path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    return [r for r in found if all(r.get(k) == wanted[k] for k in KEYS if k in wanted)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

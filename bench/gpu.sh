@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command, on a machine without network:
+#
+#   bench/gpu.sh OUT [--dry-run] [PART ...]
+#
+# Parts, in this order (all of them by default), each stopped after nine minutes:
+#   build       the native library in place, and what it is loaded as here
+#   check       every operator once at small odd sizes, against the formula in float64
+#   tests       the tests of operators and kernels, compiled, on the GPU
+#   sanitizer   the same check under compute-sanitizer: memcheck and racecheck
+#   operators   each operator beside its roofline floor, plain PyTorch and PEFT's layer
+#   step        training steps beside the frozen model, LoRA and AdaLoRA
+#   launches    launches of a step, counted
+#   report      registers, spills, shared memory and occupancy of every kernel
+#
+# It wants python3 (PYTHON names another) with torch, triton, transformers, peft, rich, pytest and
+# hypothesis; WHEELS may name a folder of wheels for what is missing. OUT gets log.txt, summary.json
+# and rows of results as *.jsonl. --dry-run does the same on a CPU with tiny sizes: what CI runs, so
+# that nothing fails for a typo on the day. The exit status is 1 if a part fails.
+set -uo pipefail
+
+usage() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; }
+
+PARTS=(build check tests sanitizer operators step launches report)
+LIMIT=540
+OUT='' DRY='' WANTED=()
+for argument in "$@"; do
+  case $argument in
+    -h | --help) usage; exit 0 ;;
+    --dry-run) DRY=1 ;;
+    -*) echo "gpu.sh: unknown option $argument" >&2; usage >&2; exit 2 ;;
+    *)
+      if [[ -z $OUT ]]; then
+        OUT=$argument
+      elif [[ " ${PARTS[*]} " == *" $argument "* ]]; then
+        WANTED+=("$argument")
+      else
+        echo "gpu.sh: unknown part $argument; there are ${PARTS[*]}" >&2
+        exit 2
+      fi
+      ;;
+  esac
+done
+if [[ -z $OUT ]]; then usage >&2; exit 2; fi
+[[ ${#WANTED[@]} -gt 0 ]] || WANTED=("${PARTS[@]}")
+
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
+export PYTHON=${PYTHON:-python3} OUT DRY
+export PYTHONPATH=$PWD:$PWD/python:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
+if [[ -n ${WHEELS:-} ]]; then
+  "$PYTHON" -m pip install -q --no-index --no-deps --target build/wheels "$WHEELS"/*.whl || exit 2
+  export PYTHONPATH=$PYTHONPATH:$PWD/build/wheels
+fi
+if [[ -n $DRY ]]; then
+  export CUDA_VISIBLE_DEVICES=''
+elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu.sh: torch sees no GPU here; --dry-run runs every part on the CPU" >&2
+  exit 2
+fi
+QUICK=${DRY:+--quick}
+
+part_build() {
+  "$PYTHON" setup.py -q build_ext --inplace &&
+    "$PYTHON" -c '
+import json, torch, hal_kernels
+print("torch", torch.__version__, "CUDA", torch.version.cuda)
+print(json.dumps({k: {d: b.name for d, b in v.items()} for k, v in hal_kernels.backends().items()}))'
+}
+
+part_check() { "$PYTHON" -m bench.operators --check; }
+
+part_tests() {
+  if [[ -n $DRY ]]; then
+    "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels tests/ops --collect-only >/dev/null &&
+      "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels/test_configs.py
+  else
+    "$PYTHON" -m pytest -q tests/kernels --maxfail 20 --junitxml "$OUT/tests-kernels.xml"
+    local kernels=$?
+    HAL_TEST_DEVICE=cuda "$PYTHON" -m pytest -q tests/ops --maxfail 20 --junitxml "$OUT/tests-ops.xml" &&
+      [[ $kernels == 0 ]]
+  fi
+}
+
+part_sanitizer() {
+  if [[ -n $DRY ]]; then
+    "$PYTHON" -m bench.operators --check --only svd_linear
+  elif ! command -v compute-sanitizer >/dev/null; then
+    echo "compute-sanitizer is not installed here: skipped"
+  else
+    # The allocator would hide accesses beyond a tensor inside its own blocks.
+    for tool in memcheck racecheck; do
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        --kernel-name-exclude regex:".*(gemm|cutlass|elementwise|reduce_kernel_at).*" \
+        "$PYTHON" -m bench.operators --check || return 1
+    done
+  fi
+}
+
+part_operators() { "$PYTHON" -m bench.operators --out "$OUT" $QUICK; }
+
+part_step() { "$PYTHON" -m bench.step --out "$OUT" $QUICK --batch 1 8 64; }
+
+part_launches() {
+  "$PYTHON" -m bench.launches --out "$OUT" $QUICK ${DRY:+--model roberta}
+}
+
+part_report() {
+  "$PYTHON" -m hal_kernels.kernels.report --json "$OUT/report.json" ${DRY:+--kernel dropout}
+}
+
+failed=0 rows=()
+for part in "${PARTS[@]}"; do
+  [[ " ${WANTED[*]} " == *" $part "* ]] || continue
+  echo "== $part"
+  start=$SECONDS
+  export -f "part_$part"
+  QUICK=$QUICK timeout "$LIMIT" bash -c "set -o pipefail; part_$part 2>&1 | tee -a '$OUT/log.txt'"
+  status=$?
+  [[ $status == 0 ]] || failed=1
+  rows+=("{\"part\": \"$part\", \"status\": $status, \"seconds\": $((SECONDS - start))}")
+  echo "== $part: status $status, $((SECONDS - start)) s"
+  (IFS=,; echo "[${rows[*]}]") >"$OUT/summary.json"
+done
+exit $failed

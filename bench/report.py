@@ -1,0 +1,126 @@
+"""Tables of the documentation, from the rows under bench/results.
+
+    python -m bench.report [--check]
+
+Rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in README.md and docs/,
+from the newest row of each kind. ``--check`` changes nothing, and fails if a table is out of date.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .common import RESULTS
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Row = dict[str, Any]
+
+
+def rows(name: str, **wanted: Any) -> list[Row]:
+    """Rows of ``<name>.jsonl`` with these fields, oldest first."""
+    path = RESULTS / f"{name}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    return [row for row in found if all(row.get(k) == v for k, v in wanted.items())]
+
+
+def newest(name: str, **wanted: Any) -> Row:
+    found = rows(name, **wanted)
+    if not found:
+        raise SystemExit(f"bench/results/{name}.jsonl has no row with {wanted}")
+    return found[-1]
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def source(row: Row) -> str:
+    """Where and when a row was measured, for the line under its table."""
+    machine = row["machine"]
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    return (
+        f"\n{machine['time'][:10]}, {device}, torch {machine['torch']}, peft {machine['peft']}, "
+        f"commit {machine['commit'][:9]}: `{machine['command']}`\n"
+    )
+
+
+def launches(model: str) -> str:
+    """Launches of a training step, by part and method."""
+    row = newest("launches", model=model)
+    depth, methods = list(row["parts"].items())[-1]
+    order = dict.fromkeys(p for m in reversed(list(methods)) for p in methods[m])
+    body = [
+        [part, *(f"{values[part]:.3g}" if part in values else "" for values in methods.values())]
+        for part in order
+    ]
+    total = body.pop([line[0] for line in body].index("step, optimizer not counted"))
+    total[1:] = [f"{values[total[0]]:.0f}" for values in methods.values()]
+    title = f"{model}, {depth} blocks, batch {row['batch']} × {row['length']} tokens"
+    return markdown([title, *methods], [*body, total]) + source(row)
+
+
+def step(batch: int) -> str:
+    """Step time, its ratios, and peak memory of each method."""
+    row = newest("step", batch=batch)
+    methods = row["methods"]
+    medians = {name: m["step"]["median_ms"] for name, m in methods.items()}
+    body = []
+    for name, method in methods.items():
+        spread = f"{method['step']['q1_ms']:.0f}–{method['step']['q3_ms']:.0f}"
+        body.append(
+            [
+                name,
+                f"{medians[name]:.0f} [{spread}]",
+                f"{medians[name] / medians['floor']:.2f}",
+                f"{medians[name] / medians['adalora']:.2f}",
+                f"{method['peak_mb']:.0f}" if "peak_mb" in method else "",
+            ]
+        )
+    head = [f"batch {batch} × {row['length']}", "ms a step", "÷ floor", "÷ AdaLoRA", "peak MB"]
+    return markdown(head, body) + source(row)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "launches-roberta": lambda: launches("roberta"),
+    "launches-llama": lambda: launches("llama"),
+    "step-1": lambda: step(1),
+    "step-8": lambda: step(8),
+}
+
+
+def updated(text: str) -> str:
+    """`text` with every table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise SystemExit(f"there is no table {match[2]!r}; there are {sorted(TABLES)}")
+        return match[1] + TABLES[match[2]]() + match[3]
+
+    return BLOCK.sub(table, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if one is old")
+    arguments = parser.parse_args()
+    old = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        text = path.read_text()
+        if updated(text) != text:
+            old.append(str(path.relative_to(ROOT)))
+            if not arguments.check:
+                path.write_text(updated(text))
+    if old:
+        print(("out of date: " if arguments.check else "updated: ") + ", ".join(old))
+    return 1 if old and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The benchmarks' own judgement: budgets that can be missed, tables that can be old."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # bench is no installed package
+
+from bench import launches, report  # noqa: E402
+
+
+def results(**changes):
+    """Counts within their budgets, the same at two depths, but for `changes` at the second."""
+    parts = dict.fromkeys(launches.BUDGET, 1.0)
+    parts |= {"importance and allocation: host synchronisations": 0, "advancing the state": 1}
+    changed = parts | {part.replace("_", " "): n for part, n in changes.items()}
+    methods = ("hal-direct", "hal-hyper")
+    return {"2": dict.fromkeys(methods, parts), "12": dict.fromkeys(methods, changed)}
+
+
+def test_launches_within_budget():
+    assert launches.missed(results(), "roberta") == []
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"penalty_forward": 3}, "penalty forward: 3 > 2"),
+        ({"penalty_backward": 0.5}, "penalty backward: 1 becomes 0.5 with depth"),
+        ({"advancing_the_state": 2}, "advancing the state: 1 becomes 2 with depth"),
+        ({"importance_and_allocation:_host_synchronisations": 1}, "waits for the device"),
+    ],
+)
+def test_launches_beyond_budget(changes, message):
+    found = launches.missed(results(**changes), "roberta")
+    assert any(message in line for line in found)
+
+
+def test_launches_are_counted_from_the_triton_implementations():
+    """One patched layer, one forward: what bench.launches sees is what would be launched."""
+    import torch
+
+    from hal_kernels.ops import svd_adapter_add
+
+    x = torch.randn(128, 64)
+    p, lam, q = torch.randn(3, 64), torch.randn(3), torch.randn(3, 64)
+    found = launches.counted(lambda: svd_adapter_add(x, x, p, lam, q))
+    assert dict(found.counts) == {
+        "svd_adapter_add: shrink_kernel": 1,
+        "svd_adapter_add: expand_kernel": 1,
+    }
+    assert found.syncs == 0
+    assert launches.counted(lambda: (x + 1).t()[0, 0].item()).total == 1
+
+
+def test_tables_are_rewritten_in_place(monkeypatch):
+    monkeypatch.setitem(report.TABLES, "made-up", lambda: "| a |\n| --- |\n| 1 |\n")
+    text = "before\n<!-- table made-up -->\nold\n<!-- end -->\nafter\n"
+    new = report.updated(text)
+    assert new == text.replace("old\n", "| a |\n| --- |\n| 1 |\n")
+    assert report.updated(new) == new
+    with pytest.raises(SystemExit, match="no table 'unknown'"):
+        report.updated("<!-- table unknown -->\n<!-- end -->")
+
+
+def gpu_sh(*arguments):
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [ROOT / "bench/gpu.sh", *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def test_gpu_sh_refuses_what_it_does_not_know(tmp_path):
+    for arguments, message in (
+        ((), "bench/gpu.sh OUT"),
+        ((tmp_path, "--fast"), "unknown option --fast"),
+        ((tmp_path, "kernel"), "unknown part kernel; there are build check"),
+        ((tmp_path, "check"), "sees no GPU"),
+    ):
+        done = gpu_sh(*map(str, arguments))
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_gpu_sh_runs_one_part_dry(tmp_path):
+    done = gpu_sh(str(tmp_path), "--dry-run", "check")
+    assert done.returncode == 0, done.stderr
+    assert '"part": "check", "status": 0' in (tmp_path / "summary.json").read_text()
+    assert "svd_linear" in (tmp_path / "log.txt").read_text()
