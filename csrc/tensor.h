@@ -101,7 +101,7 @@ std::unique_ptr<T[]> scratch(int64_t n) {
 }
 
 inline Tensor empty(const int64_t* sizes, int64_t dim, ScalarType dtype) {
-  int64_t strides[64];
+  std::vector<int64_t> strides(static_cast<size_t>(dim));
   int64_t count = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = count;
@@ -109,7 +109,8 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   }
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      dim, sizes, strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));
   Tensor made(handle);
 #ifdef HAL_KERNELS_POISON  // what a kernel forgets to write shows as NaN

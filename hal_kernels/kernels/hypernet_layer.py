@@ -414,10 +414,8 @@ def cases() -> Iterator[Case]:
             for kernel in (attention_kernel, attention_backward_kernel):
                 yield _case(kernel, arch, dtype, tile, stages=1, **sizes)
         for tile in dict.fromkeys(tiles.rows for tiles in gpu.hypernet):
-            for K in (hidden, inner):
-                yield _case(linear_norm_kernel, arch, dtype, tile, **sizes, K=K)
-            for more in ({"K": 0, "out": None}, {"K": inner}):
-                yield _case(norm_backward_kernel, arch, dtype, tile, **sizes, **more)
+            for kernel in (linear_norm_kernel, norm_backward_kernel):
+                yield _case(kernel, arch, dtype, tile, **sizes, K=inner)  # the longest product
         for tile in dict.fromkeys(tiles.columns for tiles in gpu.hypernet):
             for kernel in (linear_gelu_kernel, gelu_backward_kernel):
                 yield _case(kernel, arch, dtype, tile, **sizes)

@@ -76,7 +76,7 @@ def _tokens_kernel(
     tl.store(p_t, b_t, mask=m_slot[:, None] & m_h[None, :])
     if i_h == 0:
         kept = tl.load(mask + direction, mask=holds, other=0.0).to(tl.float32) > 0.0
-        tl.store(usable + first + slot, (kept & holds).to(tl.uint8), mask=m_slot)
+        tl.store(usable + first + slot, kept.to(tl.uint8), mask=m_slot)
 
 
 @triton.jit

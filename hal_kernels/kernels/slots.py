@@ -4,7 +4,8 @@
 An entry is what one pair of linear maps serves: N entries are the P rows of one width each, then
 the Q rows of one width each; one more is Λ, whose maps are vectors. All are one launch: addresses
 and sizes of the entries are tuples of arguments, and a program finds its entry by comparing its
-index with the entries' first programs.
+index with the entries' first programs. Loops keep what does not change inside them
+(`disable_licm`): outside, it would cost registers that a tf32x3 product needs.
 """
 
 import dataclasses

@@ -25,14 +25,12 @@ import triton
 import triton.language as tl
 
 from ..ops.svd_adapter_add import factor_gradient_shapes, flat
-from .cases import POINTERS, Case, make_case
-from .configs import ARCHITECTURES, HIGHEST_RANK, ODD, SVDTiles, Tile, architecture_of, chunk_of
+from .cases import POINTERS, Case
+from .configs import ARCHITECTURES, HIGHEST_RANK, Tile, architecture_of, chunk_of
 from .dropout import thresholds
 from .launch import DTYPES, aligned, dot_precision, on_device_of, padded
 from .svd_blocks import (
-    ANYWHERE,
     FREE,
-    RUN_TIME,
     expand_block,
     gradient_block,
     rank_dot,
@@ -42,6 +40,7 @@ from .svd_blocks import (
     shrink_block,
     store_rank_rows,
 )
+from .svd_variants import adapter_case, variants
 
 ONE_PASS = 32  # the highest padded rank for which u and dQ come of one pass over dy
 REDUCE = {"BS": 4, "BE": 256}
@@ -191,20 +190,21 @@ def sum_parts(parts, out, i, n, splits, BS: tl.constexpr, BE: tl.constexpr):
     tl.store(out + o_e, tl.sum(b_sum, 0).to(out.dtype.element_ty), mask=o_e < n)
 
 
-@triton.jit(do_not_specialize=["starts", "splits"])
+@triton.jit
 def reduce_kernel(
-    parts, outputs, starts, sizes, splits, M: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr
+    parts, outputs, starts, sizes, odds, M: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr
 ):
     """Σ_i parts[i] for M lists of partial sums of any size and dtype, always in the same order.
 
     parts: M × [splits, size]; outputs: M × [size]. A program finds its list by comparing its index
-    with the lists' first programs.
+    with the lists' first programs. `odds` are 2·splits + 1: numbers in a tuple that are 1 or
+    divisible by 16 would each have a kernel compiled for them, and splits change with T.
     """
     pid = tl.program_id(0)
     for m in tl.static_range(M):
         i = pid - starts[m]
         if (i >= 0) & (i * BE < sizes[m]):
-            sum_parts(parts[m], outputs[m], i, sizes[m], splits[m], BS, BE)
+            sum_parts(parts[m], outputs[m], i, sizes[m], odds[m] // 2, BS, BE)
 
 
 def supported(x: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> bool:
@@ -391,7 +391,8 @@ def reduce(sums: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> list[t
             reduce_kernel[(sum(blocks),)](
                 tuple(t for t, _ in partial), tuple(out for _, out in partial),
                 tuple(itertools.accumulate(blocks[:-1], initial=0)), tuple(sizes),
-                tuple(t.shape[0] for t, _ in partial), M=len(partial), **REDUCE, num_warps=4,
+                tuple(2 * t.shape[0] + 1 for t, _ in partial), M=len(partial), **REDUCE,
+                num_warps=4,
             )  # fmt: skip
     return outputs
 
@@ -428,51 +429,6 @@ def gradients(
     return dp, dlam, dq
 
 
-# Types of the arguments of these kernels and of the fused one, for `cases`.
-_FACTORS = ("p", "lam", "q", "dp", "dq", "dlam")
-_SUMS = ("h", "h_sum", "u", "gram")
-_ACTIVATIONS = ("x", "y", "dy", "dx", "base", "bias", "weight")
-
-
-def adapter_case(
-    kernel: Any,
-    architecture: str,
-    tile: Tile,
-    dtype: torch.dtype,
-    widths_aligned: bool,
-    **constexprs: Any,
-) -> Case:
-    """A case of one of the adapter's kernels, with float32 factors and x of `dtype`."""
-    types = {
-        **dict.fromkeys(_FACTORS + _SUMS, torch.float32),
-        **dict.fromkeys(_ACTIVATIONS, dtype),
-        "p_seed": torch.int64,
-    }
-    pointers = {n: t for n, t in types.items() if n in kernel.arg_names and n not in constexprs}
-    unaligned = (*RUN_TIME, *ANYWHERE) if widths_aligned else ("*",)
-    return make_case(
-        kernel, architecture, pointers, ("scaling", "scale"), unaligned, constexprs, tile.options
-    )
-
-
-def variants() -> Iterator[tuple[str, SVDTiles, torch.dtype, bool, dict[str, Any]]]:
-    """(architecture, tiles, dtype, widths divisible by 16, constants) of all that is shipped.
-
-    One rank for each class of ranks, its highest, with dropout and without. Odd widths, whose tiles
-    are everywhere the same, with dropout, once for each set of instructions.
-    """
-    for gpu in ARCHITECTURES.values():
-        full = "ieee" if gpu.name.startswith("gfx") else "tf32x3"
-        for dtype, precision in ((torch.bfloat16, "tf32"), (torch.float32, full)):
-            for R, tiles in gpu.svd.items():
-                constants = {"R": R, "PRECISION": precision}
-                yield gpu.name, tiles, dtype, True, {**constants, "p_seed": None}
-                yield gpu.name, tiles, dtype, True, constants
-            if gpu.name in ("default", "sm_90", "gfx942"):
-                for R, tiles in ODD.items():
-                    yield gpu.name, tiles, dtype, False, {"R": R, "PRECISION": precision}
-
-
 def cases() -> Iterator[Case]:
     """What is compiled ahead of time: every kernel in every shipped config."""
     for name, tiles, dtype, even, constants in variants():
@@ -488,16 +444,15 @@ def cases() -> Iterator[Case]:
         yield case(expand_kernel, tiles.expand, "BN", **constants, **absent)
         absent = {"parts": None, "base": None} if plain else {}
         yield case(gradients_x_kernel, tiles.x, "BK", **constants, **absent)
-        if plain or not even:
+        if not plain:
             kernel = gradients_dy_apart_kernel if R > ONE_PASS else gradients_dy_kernel
-            only = {n: v for n, v in constants.items() if n != "p_seed"}
-            yield case(kernel, tiles.dy, "BN", **only)
+            yield case(kernel, tiles.dy, "BN", **constants)
     yield from reduce_cases()
 
 
 def reduce_cases() -> Iterator[Case]:
     """One layer's three lists."""
-    names, options = ("starts", "sizes", "splits"), {"num_warps": 4, "num_stages": 3}
+    names, options = ("starts", "sizes", "odds"), {"num_warps": 4, "num_stages": 3}
     for architecture in ARCHITECTURES:
         for dtype in (torch.float32, torch.bfloat16):
             types: dict[str, Any] = dict.fromkeys(names, ("i32",) * 3)

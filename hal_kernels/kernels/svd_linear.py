@@ -33,7 +33,6 @@ from .configs import Tile, architecture_of
 from .dropout import keep_block, thresholds
 from .launch import aligned, dot_precision, on_device_of, padded
 from .svd_adapter import (
-    adapter_case,
     expand_,
     factors_of,
     gradients,
@@ -41,9 +40,9 @@ from .svd_adapter import (
     shrink,
     supported,
     total_of,
-    variants,
 )
 from .svd_blocks import FREE, scaled_lam
+from .svd_variants import adapter_case, variants
 from .traffic import fused_tile
 
 PATHS = ("prepare", "add", "fused")

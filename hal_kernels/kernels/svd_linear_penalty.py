@@ -24,8 +24,9 @@ from .cases import Case
 from .configs import ARCHITECTURES, HIGHEST_RANK, architecture_of, chunk_of
 from .dropout import thresholds
 from .launch import DTYPES, aligned, dot_precision, on_device_of, padded
-from .svd_adapter import adapter_case, factors_of, rows_of, supported, total_of, variants
+from .svd_adapter import factors_of, rows_of, supported, total_of
 from .svd_blocks import FREE, expand_block, gram_block, shrink_block
+from .svd_variants import adapter_case, variants
 
 FINISH = {"BR": 16, "num_warps": 4}
 
@@ -200,21 +201,16 @@ def _gram(h: torch.Tensor, d: int, columns: int, programs: int) -> tuple[torch.T
 def cases() -> Iterator[Case]:
     """What is compiled ahead of time: every kernel in every shipped config."""
     for name, tiles, dtype, even, constants in variants():
-        gram = {"GRAM": "ieee" if name.startswith("gfx") else "tf32x3"}
-        if "p_seed" not in constants:
-            tile, sizes = tiles.shrink, {"BK": tiles.shrink.columns_of(dtype)}
-            yield adapter_case(
-                shrink_gram_kernel, name, tile, dtype, even,
-                BT=tile.rows, **sizes, **constants, **gram,
-            )  # fmt: skip
-        if "p_seed" in constants or not even:
-            tile, sizes = tiles.expand, {"BN": tiles.expand.columns_of(dtype)}
-            only = {n: v for n, v in constants.items() if n != "p_seed"}
-            absent = {"parts": None} if even else {"bias": None}
-            yield adapter_case(
-                expand_gram_kernel, name, tile, dtype, even,
-                BT=tile.rows, **sizes, **only, **absent, **gram,
-            )  # fmt: skip
+        if "p_seed" in constants:
+            continue  # None: without dropout
+        constants["GRAM"] = "ieee" if name.startswith("gfx") else "tf32x3"
+        tile = tiles.shrink
+        sizes = {"BT": tile.rows, "BK": tile.columns_of(dtype), **constants}
+        yield adapter_case(shrink_gram_kernel, name, tile, dtype, even, **sizes)
+        tile = tiles.expand
+        sizes = {"BT": tile.rows, "BN": tile.columns_of(dtype), **constants}
+        absent = {"parts": None} if even else {"bias": None}
+        yield adapter_case(expand_gram_kernel, name, tile, dtype, even, **sizes, **absent)
     for name, rank in itertools.product(ARCHITECTURES, (16, HIGHEST_RANK)):
         pointers = ("gram_p", "gram_q", "residual_p", "residual_q", "penalty")
         types = dict.fromkeys(pointers, "*fp32")

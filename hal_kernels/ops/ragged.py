@@ -44,9 +44,11 @@ def expect_slots(slots: Slots, reference: str, like: torch.Tensor) -> None:
     """
     if not isinstance(slots, Slots):
         raise TypeError(f"slots is a {type(slots).__name__}, expected hal_kernels.ops.Slots")
-    for name, tensors, count in (("rows", slots.rows, 2), ("offsets", slots.offsets, 3)):
-        if len(tensors) != count:
-            raise ValueError(f"slots.{name} has {len(tensors)} entries, expected {count}")
+    for name, field in zip(Slots._fields[:4], slots[:4], strict=True):
+        expected = 3 if name == "offsets" else 2
+        if len(field) != expected:
+            raise ValueError(f"slots.{name} has {len(field)} entries, expected {expected}")
+    for name, tensors in (("rows", slots.rows), ("offsets", slots.offsets)):
         for index, tensor in enumerate(tensors):
             label = f"slots.{name}[{index}]"
             expect_dtype(label, tensor, torch.int64, "row numbers")

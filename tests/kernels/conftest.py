@@ -33,6 +33,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def quick_calls():
+    """Spare the interpreter what takes a quarter of its time: at each call of a device function it
+    makes triton.language its own, which it has done for the kernel around that call.
+    """
+    if GPU:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    known = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn not in known:
+            known.add(self.fn)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def interpreted_bfloat16():
     """Mend the interpreter's bfloat16, which it keeps as uint16.
 

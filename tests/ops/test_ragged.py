@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hal_kernels.ops.ragged import pad, unpad
+from hal_kernels.ops import Slots
+from hal_kernels.ops.ragged import expect_slots, pad, pad_sides, unpad, unpad_sides
 
+from .slot_cases import EQUAL, LAYERS, slots_of
 from .util import DEVICE, laid_out, packed_offsets
 
 RANKS = [[2, 2, 2], [3, 1, 2], [0, 2, 3, 0, 0, 1], [4, 0, 0], [0, 0, 5], [0, 0], [7], [1, 2]]
@@ -79,3 +81,71 @@ def test_no_host_synchronisation(total):
     offsets = torch.empty(4, dtype=torch.int64, device="meta")
     assert pad(rows, offsets, 2).shape == (3, 2, 5)
     assert unpad(pad(rows, offsets, 2), offsets, total).shape == (total, 5)
+
+
+# ---- P, Λ and Q together -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_three_sides_are_padded_as_each_by_itself(layers):
+    slots, total = slots_of(layers), sum(rank for *_, rank in layers)
+    rows = torch.randn(3 * total, 4, device=DEVICE)
+    padded = pad_sides(rows, slots.offsets, slots.max_rank)
+    for side, (own, offsets) in enumerate(zip(rows.split(total), slots.offsets, strict=True)):
+        assert torch.equal(padded[side], pad(own, offsets, slots.max_rank))
+    assert torch.equal(unpad_sides(padded, slots.offsets, total), rows)
+
+
+@pytest.mark.parametrize("total", [6, 4])
+def test_three_sides_without_host_synchronisation(total):
+    offsets = [torch.empty(4, dtype=torch.int64, device="meta")] * 3
+    padded = pad_sides(torch.empty(3 * total, 5, device="meta"), offsets, 2)
+    assert padded.shape == (3, 3, 2, 5)
+    assert unpad_sides(padded, offsets, total).shape == (3 * total, 5)
+
+
+def test_heights_of_the_factors():
+    assert slots_of(EQUAL).heights == [2, 4, 6, 4, 2]
+
+
+SHORT = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "field, value, exception, message",
+    [
+        ("rows", (SHORT,), ValueError, r"slots.rows has 1 entries, expected 2"),
+        ("rows", (SHORT, SHORT[1:]), ValueError, r"slots.rows\[1\] has shape \(2,\), expected \("),
+        ("rows", (SHORT, None), TypeError, r"slots.rows\[1\] is a NoneType, expected a torch.Te"),
+        ("rows", (SHORT.int(), SHORT), TypeError, r"slots.rows\[0\] has dtype torch.int32, expec"),
+        ("rows", (SHORT, SHORT), ValueError, r"slots.sizes\[0\] is \[2, 4\], expected a sum of R "),
+        ("rows", (SHORT.to("meta"),) * 2, ValueError, r"slots.rows\[0\] is on meta, expected cpu"),
+        ("offsets", (SHORT,) * 2, ValueError, r"slots.offsets has 2 entries, expected 3"),
+        ("offsets", (SHORT[:0],) * 3, ValueError, r"slots.offsets\[0\] is empty, expected int64"),
+        ("offsets", (SHORT[None],) * 3, ValueError, r"slots.offsets\[0\] has shape \(1, 3\), exp"),
+        ("counts", ([1, 2], [3, 1]), ValueError, r"slots.counts\[1\] is \[3, 1\], expected a sum"),
+        ("counts", ([1, 2], [3]), ValueError, r"slots.counts\[1\] and slots.sizes\[1\] have 1 and"),
+        ("counts", ([1, 2],), ValueError, r"slots.counts has 1 entries, expected 2"),
+        ("sizes", ([2, 4], [4, 3]), ValueError, r"slots.sizes\[1\] is \[4, 3\], expected a sum of"),
+        ("sizes", ([2, 4], [5, 1]), ValueError, r"slots.sizes\[1\] is \[5, 1\], expected at most "),
+        (
+            "sizes",
+            ([7, -1], [4, 2]),
+            ValueError,
+            r"slots.sizes\[0\] is \[7, -1\], expected at most",
+        ),
+        ("max_rank", 1, ValueError, r"expected at most max_rank = 1 rows for each of the \[1, 2\]"),
+    ],
+)
+def test_slots_that_do_not_fit_together(field, value, exception, message):
+    like = torch.ones(1, device=DEVICE)
+    good = slots_of(EQUAL)
+    expect_slots(good, "tokens", like)
+    with pytest.raises(exception, match=message):
+        expect_slots(good._replace(**{field: value}), "tokens", like)
+
+
+def test_slots_are_a_slots():
+    with pytest.raises(TypeError, match=r"slots is a tuple, expected hal_kernels.ops.Slots"):
+        expect_slots(tuple(slots_of(EQUAL)), "tokens", torch.ones(1, device=DEVICE))
+    assert Slots._fields == ("rows", "offsets", "counts", "sizes", "max_rank")

@@ -1,0 +1,136 @@
+"""A program: launch kernels as on a GPU, and list what the launches would compile for an sm_90.
+
+    python jit_launches.py rows|ranks|odd [--compile]
+
+prints {kernel: number of variants} as JSON. Arguments are bound and specialized by Triton itself,
+on tensors of the CPU; nothing runs. With --compile, variants are compiled too.
+"""
+
+import collections
+import json
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from hal_kernels.kernels import (
+    configs,
+    hypernet_layer,
+    orthogonality_penalty,
+    rank_allocation,
+    svd_linear,
+    svd_linear_group,
+    svd_linear_penalty,
+)
+
+
+class NoGPU:
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def listen(compiling: bool) -> collections.Counter:
+    found: collections.Counter = collections.Counter()
+    run, compile_it = JITFunction.run, JITFunction._do_compile
+
+    def only_warm_up(self, *args, grid, warmup, **options):
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    def noted(self, key, *rest):
+        found[self.__name__.strip("_")] += 1
+        kernel = compile_it(self, key, *rest) if compiling else object()
+        self.device_caches[0][0][key] = kernel
+        return kernel
+
+    driver.set_active(NoGPU())
+    JITFunction.run, JITFunction._do_compile = only_warm_up, noted
+    configs._in_use = configs.SM_90
+    return found
+
+
+def linear(T, d_in, d_out, r, dtype=torch.bfloat16, dropout=0.1, squared=True):
+    """Every path of the linear layer, also with its penalty."""
+    x, weight = torch.randn(T, d_in).to(dtype), torch.randn(d_out, d_in).to(dtype)
+    p, lam, q = torch.randn(r, d_in), torch.randn(r), torch.randn(r, d_out)
+    seed = torch.tensor(3) if dropout else None
+    rest, bias = (p, lam, q, 0.5, dropout, seed), torch.randn(d_out).to(dtype)
+    for path in svd_linear.PATHS:
+        y, h = svd_linear.forward(x, weight, bias, *rest, path=path)
+    for path in ("prepare", "add"):
+        svd_linear.backward(y, x, h, weight, *rest, True, True, path=path)
+    svd_linear_penalty.forward(x, weight, bias, *rest, squared)
+
+
+def group(T, d, widths, r):
+    x, weights = torch.randn(T, d), [torch.randn(n, d) for n in widths]
+    biases, n = [torch.empty(0)] * len(widths), len(widths)
+    p, lam = (list(torch.randn(n * r, *more).split(r)) for more in ((d,), ()))
+    q = [torch.randn(r, n) for n in widths]
+    y, h = svd_linear_group.forward(x, weights, biases, p, lam, q, 0.5)
+    svd_linear_group.backward(list(y), x, h, weights, p, lam, q, 0.5, True, True)
+
+
+def penalty(*groups):
+    """Of groups (matrices, r, d)."""
+    factors = [torch.randn(g * r, d) for g, r, d in groups]
+    offsets = [torch.arange(0, g * r + 1, r) for g, r, _ in groups]
+    rest = (offsets, [r for _, r, _ in groups], True, 1.0)
+    value, residuals = orthogonality_penalty.forward(factors, *rest)
+    orthogonality_penalty.backward(value, factors, residuals, *rest)
+
+
+def hypernet(sets, matrices, rank, hidden, inner, heads):
+    H, D = hidden, inner
+    shapes = [(3 * H, H), (3 * H,), (H, H), *[(H,)] * 3, (D, H), (D,), (H, D), *[(H,)] * 3]
+    tokens, parameters = (
+        torch.randn(sets, matrices, rank, H),
+        [torch.randn(sets, *s) for s in shapes],
+    )
+    keys = torch.ones(sets, matrices, rank, dtype=torch.bool)
+    out, *saved = hypernet_layer.forward(tokens, keys, parameters, heads, 1e-5)
+    hypernet_layer.backward(out, tokens, parameters, saved, heads, 1e-5)
+
+
+def allocation(*sizes):
+    lists = [[torch.rand(n) for n in sizes] for _ in range(4)]
+    rank_allocation.update_importance(*lists, 0.85, 0.85)
+    rank_allocation.prune_smallest(torch.rand(sizes[0]), 1)
+
+
+def rows():
+    for T in (2048, 1, 15, 16, 17, 100, 512, 513, 1000, 4096, 4097, 20000):
+        linear(T, 768, 768, 3)
+
+
+def ranks():
+    for r in range(1, 17):
+        linear(600, 768, 768, r)
+
+
+def odd():
+    """Where numbers are 1, and become constants."""
+    linear(1, 1, 1, 1)
+    linear(300, 5, 1, 1, torch.float32, 0.0, False)
+    group(70, 48, (48, 16), 3)
+    group(300, 1, (1, 1, 1), 1)
+    penalty((1, 1, 1))
+    penalty((2, 1, 1), (16, 1, 16), (1, 3, 7))
+    hypernet(1, 1, 1, 1, 1, 1)
+    hypernet(2, 40, 1, 8, 12, 2)
+    allocation(1)
+    allocation(1024, 1, 16)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = listen("--compile" in sys.argv)
+    {"rows": rows, "ranks": ranks, "odd": odd}[sys.argv[1]]()
+    print(json.dumps(found))

@@ -1,0 +1,53 @@
+"""What launches would compile, seen by Triton itself: see `jit_launches`.
+
+A process of its own: here kernels are interpreted, which knows no types of arguments.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("jit_launches.py")
+
+
+def variants(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(PROGRAM.parents[2])
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments],
+        capture_output=True, text=True, env=environment, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_number_of_rows_compiles_anything_anew():
+    """Twelve of them: the variants are those of one, with and without partial sums."""
+    found = variants("rows")
+    partial = {"expand_kernel": 2, "gradients_x_kernel": 2, "expand_gram_kernel": 2}
+    for name in ("shrink_kernel", "gradients_dy_kernel", "shrink_gram_kernel", "finish_kernel"):
+        assert found.pop(name) == 1, name
+    # "prepare" and "add" differ; each with one part of h or u, and with several.
+    for name in partial:
+        assert found.pop(name) <= 4, name
+    assert found.pop("reduce_kernel") <= 3  # all three gradients are partial, or fewer
+    assert found.pop("fused_kernel") <= 2  # its tiles for few rows and for many
+    assert found == {}
+
+
+def test_no_rank_of_a_class_compiles_anything_anew():
+    """Pruned models have layers of every rank."""
+    found = variants("ranks")
+    assert found.pop("reduce_kernel") <= 4  # the sizes of dΛ: 1, divisible by 16, or neither
+    assert all(count <= 2 for count in found.values()), found
+
+
+@pytest.mark.slow
+def test_launches_of_odd_sizes_compile():
+    """Numbers that are 1 are constants in a kernel, which the interpreter never shows."""
+    found = variants("odd", "--compile")
+    assert sum(found.values()) > 40
