@@ -76,7 +76,7 @@ def svd_adapter_add(
     expect_same_device("x", x, y=y)
     lam, seed = effective(x, lam, mask, dropout, seed)
     x = x.to(y.dtype)
-    return torch.ops.hal.svd_adapter_add(y, x, p, lam, q, float(scaling), dropout, seed)[0]
+    return _svd_adapter_add(y, x, p, lam, q, float(scaling), dropout, seed)[0]
 
 
 def svd_adapter_add_reference(
@@ -292,7 +292,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd_backward(ctx: Any, dout: torch.Tensor, _dh: torch.Tensor) -> tuple[Any, ...]:
     x, h, p, lam, q, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    dx, dp, dlam, dq = torch.ops.hal.svd_adapter_add_backward(
+    dx, dp, dlam, dq = _svd_adapter_add_backward(
         dout, x, h, p, lam, q, ctx.scaling, ctx.dropout, seed, needs[1], any(needs[2:5])
     )
     factors = (dp, dlam, dq) if any(needs[2:5]) else (None, None, None)
@@ -313,7 +313,7 @@ def _backward_cuda(
     return backward(*args)
 
 
-define(
+_svd_adapter_add = define(
     "svd_adapter_add(Tensor y, Tensor x, Tensor p, Tensor lam, Tensor q, float scaling,"
     " float dropout, Tensor? seed) -> (Tensor, Tensor)",
     default=_forward,
@@ -323,7 +323,7 @@ define(
     backward=_autograd_backward,
     first_only=True,
 )
-define(
+_svd_adapter_add_backward = define(
     "svd_adapter_add_backward(Tensor dout, Tensor x, Tensor h, Tensor p, Tensor lam, Tensor q,"
     " float scaling, float dropout, Tensor? seed, bool needs_dx, bool needs_factors)"
     " -> (Tensor, Tensor, Tensor, Tensor)",

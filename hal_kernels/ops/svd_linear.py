@@ -73,7 +73,7 @@ def svd_linear(
     check_layer(x, weight, bias, p, lam, q, dropout=dropout)
     x, (weight,), (bias,) = autocast_inputs(x, [weight], [bias])
     lam, seed = effective(x, lam, mask, dropout, seed)
-    return torch.ops.hal.svd_linear(x, weight, bias, p, lam, q, float(scaling), dropout, seed)[0]
+    return _svd_linear(x, weight, bias, p, lam, q, float(scaling), dropout, seed)[0]
 
 
 def check_layer(
@@ -232,7 +232,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd_backward(ctx: Any, dy: torch.Tensor, _dh: torch.Tensor) -> tuple[Any, ...]:
     x, h, weight, p, lam, q, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    dx, dp, dlam, dq = torch.ops.hal.svd_linear_backward(
+    dx, dp, dlam, dq = _svd_linear_backward(
         dy, x, h, weight, p, lam, q, ctx.scaling, ctx.dropout, seed, needs[0], any(needs[3:6])
     )
     dweight = flat(dy).t() @ flat(x) if needs[1] else None
@@ -255,7 +255,7 @@ def _backward_cuda(
     return backward(*args)
 
 
-define(
+_svd_linear = define(
     "svd_linear(Tensor x, Tensor weight, Tensor? bias, Tensor p, Tensor lam, Tensor q,"
     " float scaling, float dropout, Tensor? seed) -> (Tensor, Tensor)",
     default=_forward,
@@ -265,7 +265,7 @@ define(
     backward=_autograd_backward,
     first_only=True,
 )
-define(
+_svd_linear_backward = define(
     "svd_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor p, Tensor lam,"
     " Tensor q, float scaling, float dropout, Tensor? seed, bool needs_dx, bool needs_factors)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
