@@ -5,8 +5,9 @@
 From each shipped tile the search goes on to whichever neighbour is fastest (one side halved or
 doubled, one stage more or less) until none is. What does not compile or is wrong is left out. The
 GPU's own rates, which decide between the paths of the linear layer, are measured as well. The
-result is a JSON file that later processes read when they launch their first kernel; where it lies
-and what it holds is in `hal_kernels.kernels.tuned`. Training itself never measures anything.
+result is a JSON file that later processes read when they launch their first kernel:
+``~/.cache/hal_kernels/tuned-<device>-<version>.json``, or what $HAL_KERNELS_TUNED names (see
+`hal_kernels.kernels.tuned`). Training itself never measures anything.
 
 A search of everything takes about an hour, and goes on from what an earlier one has found. Without
 a GPU there is nothing to measure: ``--dry-run`` lists what would be tried first.

@@ -17,7 +17,7 @@ def replace_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 
 def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no element is NaN or Inf: one host synchronisation, a few launches in all.
+    """Whether no element is NaN or Inf: one host synchronisation.
 
     On the CPU, whose maximum norm is slow, whether all sums are finite: one of finite numbers that
     overflows counts as Inf.
@@ -28,6 +28,11 @@ def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
     if all(t.device.type == "cpu" for t in tensors):
         sums = [t.sum(dtype=torch.float32 if t.dtype.itemsize == 2 else None) for t in tensors]
         return bool(torch.stack([total.double() for total in sums]).isfinite().all())
+    return finite_norm(tensors)
+
+
+def finite_norm(tensors: Sequence[torch.Tensor]) -> bool:
+    """`all_finite` in a few launches, however many tensors there are."""
     return bool(torch.nn.utils.get_total_norm(tensors, float("inf")).isfinite())
 
 

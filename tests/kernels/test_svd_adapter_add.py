@@ -5,9 +5,10 @@ import pytest
 import torch
 from ops.util import assert_same, laid_out, values
 
+from hal_kernels.kernels import svd_adapter
 from hal_kernels.ops import svd_adapter_add as operator
 
-from .harness import DEVICE
+from .harness import DEVICE, Guarded, launches
 from .svd_cases import (
     DTYPES,
     FACTORS,
@@ -102,6 +103,16 @@ def test_only_what_is_asked_is_computed(needs, kernels):
     bound = 1e-6 if DEVICE == "cpu" else 4e-6
     assert_same({n: out[n] for n in both}, {n: ref[n] for n in both}, bound)
     assert all(out[n].numel() == 0 for n in ("dx", "dp", "dlam", "dq") if n not in both)
+
+
+def test_launch_budget():
+    """Two launches forward and three backward, and nothing else."""
+    inputs = make(70, dtype=torch.bfloat16, factors=torch.float32)
+    dy = upstream(inputs)
+    with launches(svd_adapter) as log, Guarded() as guarded:
+        run("svd_adapter_add", inputs, dy, 0.3, 4)
+    assert log == [*SHRINK_EXPAND, *ONE_BLOCK, "reduce"]
+    assert guarded.calls == []
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"rank": 0}])

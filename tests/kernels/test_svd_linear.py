@@ -7,7 +7,7 @@ from ops.util import assert_same, laid_out, relative_error, values
 from hal_kernels.kernels import svd_adapter, svd_linear
 from hal_kernels.ops import svd_linear as operator
 
-from .harness import DEVICE, launches
+from .harness import DEVICE, Guarded, launches
 from .svd_cases import (
     DTYPES,
     FACTORS,
@@ -236,6 +236,17 @@ def test_only_what_is_asked_is_computed(needs, kernels, path):
     bound = 1e-6 if DEVICE == "cpu" else 4e-6
     assert_same({n: out[n] for n in both}, {n: ref[n] for n in both}, bound)
     assert all(out[n].numel() == 0 for n in ("dx", "dp", "dlam", "dq") if n not in both)
+
+
+@pytest.mark.parametrize("path, gemm", [("prepare", "addmm_"), ("add", "mm")])
+def test_launch_budget(path, gemm):
+    """Two launches forward and three backward beside the GEMMs of y and dx, and nothing else."""
+    inputs = make(70, dtype=torch.bfloat16, factors=torch.float32)
+    dy = upstream(inputs)
+    with launches(svd_adapter) as log, Guarded() as guarded:
+        run("svd_linear", inputs, dy, 0.3, 4, forward=path, backward=path)
+    assert log == [*SHRINK_EXPAND, *ONE_BLOCK, "reduce"]
+    assert guarded.calls == [gemm, gemm]
 
 
 @pytest.mark.parametrize(
