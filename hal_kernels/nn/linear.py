@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import expect_number
 from ..ops.svd_adapter_add import svd_adapter_add
-from ..ops.svd_linear import svd_linear
+from ..ops.svd_linear import fits, svd_linear, svd_linear_of_layer
 from .adapter import HyperAdapter
 from .packed import LayerFactors
 from .shared_input import SharedInput
@@ -149,11 +149,12 @@ class HALLinear(AdaptedLayer, nn.Linear):
             self.bias.requires_grad_(False)
 
     def _own_arguments(self) -> tuple[LayerFactors, dict[str, Any]]:
-        dropout = self.dropout if self.training else 0.0
-        return (self.p, self.lam, self.q), {
-            "mask": self.mask,
+        # Through the attributes it takes longer than the product with the mask.
+        own: dict[str, Any] = self._parameters
+        return (own["p"], own["lam"], own["q"]), {
+            "mask": self._buffers["mask"],
             "scaling": self.scaling,
-            "dropout": dropout,
+            "dropout": self.dropout if self.training else 0.0,
         }
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -166,7 +167,13 @@ class HALLinear(AdaptedLayer, nn.Linear):
             y = slot.shared_input.output(self, input, factors, **options)
             if y is not None:
                 return y
-        return svd_linear(input, self.weight, self.bias, *factors, **options)
+        weight = self.weight
+        if options["dropout"] == 0.0 and fits(input, weight):
+            p, lam, q = factors
+            if slot is None:
+                lam = lam * options["mask"]
+            return svd_linear_of_layer(input, weight, self.bias, p, lam, q, options["scaling"])
+        return svd_linear(input, weight, self.bias, *factors, **options)
 
     def extra_repr(self) -> str:
         rank = self.p.shape[0] if self._hal is None else _rank_in(self._hal)

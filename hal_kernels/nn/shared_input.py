@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..ops.svd_linear_group import svd_linear_group
+from ..ops.svd_linear import fits
+from ..ops.svd_linear_group import svd_linear_group, svd_linear_group_of_layers
 from .packed import LayerFactors
 
 if TYPE_CHECKING:
@@ -99,13 +100,15 @@ class SharedInput:
             if found is None or not _ready(layer, leader):
                 return None
             every.append(found[0])
-        first, *others = svd_linear_group(
-            x,
-            [layer.weight for layer in self.layers],
-            [layer.bias for layer in self.layers],
-            *(list(part) for part in zip(*every, strict=True)),
-            scaling=scaling,
-        )
+        weights = [layer.weight for layer in self.layers]
+        biases = [layer.bias for layer in self.layers]
+        p, lam, q = (list(part) for part in zip(*every, strict=True))
+        if fits(x, leader.weight):
+            # The others' weights have the leader's dtype and device, or they were not ready.
+            outputs = svd_linear_group_of_layers(x, weights, biases, p, lam, q, scaling)
+        else:
+            outputs = svd_linear_group(x, weights, biases, p, lam, q, scaling=scaling)
+        first, *others = outputs
         keys = [_key(layer, own) for layer, own in zip(self.layers, every, strict=True)]
         self._waiting = _Waiting(x, dict(enumerate(others, start=1)), keys)
         return first

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ._autograd import attach_gradient
+
 NAMESPACE = "hal"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 TRITON: dict[str, Callable[..., Any]] = {}
@@ -54,71 +56,28 @@ def define(
     if cuda is not None and importlib.util.find_spec("triton") is not None:
         _LIBRARY.impl(name, _without_autocast(cuda), "CUDA")
     torch.library.register_fake(qualified, fake or (lambda *args: None), lib=_LIBRARY)
-    if backward is not None and setup_context is not None:
-        if first_only:
-            setup_context, backward = _without_zeros(setup_context, backward)
-        backward = _without_autocast(backward)
-    elif fake is not None:
-        backward, setup_context = _no_gradient(name), _nothing_saved
     operator = getattr(torch.ops.hal, name).default
-    if backward is None or setup_context is None:
+    if fake is None:
         return operator
-    if "[]" in schema:
-        torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=_LIBRARY
-        )
-        return operator
-    return _register_autograd(operator, setup_context, backward)
+    return attach_gradient(
+        _LIBRARY,
+        operator,
+        setup_context or _nothing_saved,
+        _without_autocast(backward or _no_gradient(name)),
+        first_only=first_only,
+    )
 
 
 def _nothing_saved(ctx: Any, inputs: Any, output: Any) -> None:
     pass
 
 
-def _register_autograd(
-    operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> Callable[..., Any]:
-    """`torch.library.register_autograd` for an operator without lists, at a fraction of its time.
-
-    torch's own prepares every call for defaults, keywords and lists, and takes longer for that than
-    a layer does for a token or two. Returns the operator as a function that, in eager mode, goes to
-    its gradient without the dispatcher's way there and back.
-    """
-    below = torch._C._after_autograd_keyset
-
-    class Gradient(torch.autograd.Function):
-        # The last argument: the dispatch keys of the call, None for all.
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            inputs, keys = args[:-1], args[-1]
-            output = run_below(keys, *inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return *backward(ctx, *gradients), None
-
-    def run_below(keys: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args) if keys is None else operator.redispatch(keys & below, *args)
-
-    def run(keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Gradient.apply(*args, keys)
-        return run_below(keys, *args)
-
-    def call(*args: Any) -> Any:
-        return operator(*args) if torch.compiler.is_compiling() else run(None, *args)
-
-    _LIBRARY.impl(operator._opname, run, "Autograd", with_keyset=True)
-    return call
-
-
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` in its inputs' own dtypes, also where autocast surrounds a backward pass."""
 
     def run(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args)
         flat = itertools.chain.from_iterable(a if isinstance(a, list) else (a,) for a in args)
         first = next((a for a in flat if isinstance(a, torch.Tensor)), None)
         if first is None or not torch.is_autocast_enabled(first.device.type):
@@ -127,24 +86,6 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return run
-
-
-def _without_zeros(
-    setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """Both, where gradients that autograd has not computed stay None."""
-
-    def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        setup_context(ctx, inputs, output)
-        ctx.set_materialize_grads(False)
-
-    def run(ctx: Any, first: torch.Tensor | None, *others: Any) -> Any:
-        if first is not None:
-            return backward(ctx, first, *others)
-        needs = ctx.needs_input_grad
-        return tuple([None] * len(n) if isinstance(n, tuple | list) else None for n in needs)
-
-    return setup, run
 
 
 def _no_gradient(name: str) -> Callable[..., Any]:

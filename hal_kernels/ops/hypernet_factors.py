@@ -67,7 +67,7 @@ def hypernet_factors(
             expect_same_device("tokens", tokens, **{name: base[index]})
             expect_state(name, base[index])
     with torch.autocast(tokens.device.type, enabled=False):
-        factors: list[torch.Tensor] = torch.ops.hal.hypernet_factors(
+        factors: list[torch.Tensor] = _hypernet_factors(
             tokens, list(weights), list(biases), list(base or ()),
             slots.offsets, *slots.counts, *slots.sizes,
         )  # fmt: skip
@@ -170,7 +170,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]
 def _autograd_backward(ctx: Any, dfactors: list[torch.Tensor]) -> tuple[Any, ...]:
     tokens, *rest = ctx.saved_tensors
     n = ctx.count
-    dtokens, dweights, dbiases = torch.ops.hal.hypernet_factors_backward(
+    dtokens, dweights, dbiases = _hypernet_factors_backward(
         dfactors, tokens, rest[:n], rest[n:], ctx.counts_p, ctx.counts_q
     )
     return (
@@ -191,7 +191,7 @@ def _backward_cuda(*args: Any) -> tuple[torch.Tensor, list[torch.Tensor], list[t
     return backward(*args)
 
 
-define(
+_hypernet_factors = define(
     "hypernet_factors(Tensor tokens, Tensor[] weights, Tensor[] biases, Tensor[] base,"
     " Tensor[] offsets, int[] counts_p, int[] counts_q, int[] sizes_p, int[] sizes_q) -> Tensor[]",
     default=_forward,
@@ -200,7 +200,7 @@ define(
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
-define(
+_hypernet_factors_backward = define(
     "hypernet_factors_backward(Tensor[] dfactors, Tensor tokens, Tensor[] weights,"
     " Tensor[] offsets, int[] counts_p, int[] counts_q) -> (Tensor, Tensor[], Tensor[])",
     default=_backward_default,

@@ -83,9 +83,9 @@ def hypernet_layer(
         expect_dtype(name, parameters[name], tokens.dtype, "the dtype of tokens")
         expect_same_device("tokens", tokens, **{name: parameters[name]})
     with torch.autocast(tokens.device.type, enabled=False):
-        return torch.ops.hal.hypernet_layer(
-            tokens, keys, [parameters[name] for name in PARAMETERS], heads, eps
-        )[0]
+        return _hypernet_layer(tokens, keys, [parameters[name] for name in PARAMETERS], heads, eps)[
+            0
+        ]
 
 
 def hypernet_layer_reference(
@@ -269,7 +269,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd_backward(ctx: Any, dout: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
     tokens, *rest = ctx.saved_tensors
     count = len(PARAMETERS)
-    dtokens, dparameters = torch.ops.hal.hypernet_layer_backward(
+    dtokens, dparameters = _hypernet_layer_backward(
         dout, tokens, rest[:count], rest[count:], ctx.heads, ctx.eps
     )
     return dtokens, None, list(dparameters), None, None
@@ -287,7 +287,7 @@ def _backward_cuda(*args: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return backward(*args)
 
 
-define(
+_hypernet_layer = define(
     "hypernet_layer(Tensor tokens, Tensor keys, Tensor[] parameters, int heads, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     default=_forward,
@@ -297,7 +297,7 @@ define(
     backward=_autograd_backward,
     first_only=True,
 )
-define(
+_hypernet_layer_backward = define(
     "hypernet_layer_backward(Tensor dout, Tensor tokens, Tensor[] parameters, Tensor[] saved,"
     " int heads, float eps) -> (Tensor, Tensor[])",
     default=_backward_default,

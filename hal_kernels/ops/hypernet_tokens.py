@@ -80,7 +80,7 @@ def hypernet_tokens(
         expect_state(name, factor)
         expect_map(index, weights[index], biases[index], (hidden, width), "embedding", embedding)
     with torch.autocast(embedding.device.type, enabled=False):
-        return torch.ops.hal.hypernet_tokens(
+        return _hypernet_tokens(
             list(factors), mask, list(weights), list(biases), embedding,
             *slots[:2], *slots.counts, slots.max_rank,
         )  # fmt: skip
@@ -227,7 +227,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _autograd_backward(ctx: Any, dtokens: torch.Tensor, _dusable: Any) -> tuple[Any, ...]:
     saved, n = ctx.saved_tensors, ctx.count
-    dweights, dbiases, dembedding = torch.ops.hal.hypernet_tokens_backward(
+    dweights, dbiases, dembedding = _hypernet_tokens_backward(
         dtokens, saved[:n], saved[n:], ctx.counts_p, ctx.counts_q
     )
     return (
@@ -248,7 +248,7 @@ def _backward_cuda(*args: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], 
     return backward(*args)
 
 
-define(
+_hypernet_tokens = define(
     "hypernet_tokens(Tensor[] factors, Tensor mask, Tensor[] weights, Tensor[] biases,"
     " Tensor embedding, Tensor[] rows, Tensor[] offsets, int[] counts_p, int[] counts_q,"
     " int max_rank) -> (Tensor, Tensor)",
@@ -259,7 +259,7 @@ define(
     backward=_autograd_backward,
     first_only=True,
 )
-define(
+_hypernet_tokens_backward = define(
     "hypernet_tokens_backward(Tensor dtokens, Tensor[] factors, Tensor[] offsets, int[] counts_p,"
     " int[] counts_q) -> (Tensor[], Tensor[], Tensor)",
     default=_backward_default,

@@ -75,7 +75,7 @@ def importance_scores(
     if mask is not None:
         expect_shape("mask", mask, (rows,), "[R]")
     with torch.no_grad():
-        scores: torch.Tensor = torch.ops.hal.importance_scores(
+        scores: torch.Tensor = _importance_scores(
             list(importance), list(uncertainty), positions_p, positions_q, count_p, mask
         )
     return scores
@@ -137,7 +137,7 @@ def _cuda(*args: Any) -> torch.Tensor:
     return importance_scores(*args)
 
 
-define(
+_importance_scores = define(
     "importance_scores(Tensor[] importance, Tensor[] uncertainty, Tensor positions_p,"
     " Tensor positions_q, int count_p, Tensor? mask) -> Tensor",
     default=_default,

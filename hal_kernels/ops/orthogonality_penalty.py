@@ -81,7 +81,7 @@ def orthogonality_penalty(
     for index, offset in enumerate(offsets):
         expect_dtype(f"offsets[{index}]", offset, torch.int64, "row numbers")
     with torch.autocast(factors[0].device.type, enabled=False):
-        return torch.ops.hal.orthogonality_penalty(
+        return _orthogonality_penalty(
             list(factors), list(offsets), list(max_ranks), kind == "squared", float(weight)
         )[0]
 
@@ -176,7 +176,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _autograd_backward(ctx: Any, dvalue: torch.Tensor, _dresiduals: Any) -> tuple[Any, ...]:
     saved, n = ctx.saved_tensors, ctx.count
-    gradients = torch.ops.hal.orthogonality_penalty_backward(
+    gradients = _orthogonality_penalty_backward(
         dvalue, saved[:n], saved[n : 2 * n], saved[2 * n :], ctx.max_ranks, ctx.squared, ctx.weight
     )
     return list(gradients), [None] * n, None, None, None
@@ -194,7 +194,7 @@ def _backward_cuda(*args: Any) -> list[torch.Tensor]:
     return backward(*args)
 
 
-define(
+_orthogonality_penalty = define(
     "orthogonality_penalty(Tensor[] factors, Tensor[] offsets, int[] max_ranks, bool squared,"
     " float weight) -> (Tensor, Tensor[])",
     default=_forward,
@@ -204,7 +204,7 @@ define(
     backward=_autograd_backward,
     first_only=True,
 )
-define(
+_orthogonality_penalty_backward = define(
     "orthogonality_penalty_backward(Tensor dvalue, Tensor[] factors, Tensor[] residuals,"
     " Tensor[] offsets, int[] max_ranks, bool squared, float weight) -> Tensor[]",
     default=_backward_default,

@@ -100,7 +100,7 @@ def prune_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
         raise ValueError(
             f"count is {count}, expected 0 to {scores.shape[0]} (the number of scores)"
         )
-    return torch.ops.hal.prune_smallest(scores, count)
+    return _prune_smallest(scores, count)
 
 
 def prune_smallest_reference(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -155,7 +155,7 @@ define(
     cuda=_update_importance_cuda,
     fake=None,
 )
-define(
+_prune_smallest = define(
     "prune_smallest(Tensor scores, int count) -> Tensor",
     default=_prune_smallest,
     cuda=_prune_smallest_cuda,

@@ -72,11 +72,22 @@ def svd_linear_group(
         if any(t.dtype != group[0].dtype for t in group):
             raise TypeError(f"{name} has dtypes {[t.dtype for t in group]}, expected one dtype")
     x, weights, biases = autocast_inputs(x, weight, bias)
+    return svd_linear_group_of_layers(x, weights, biases, list(p), list(lam), list(q), scaling)
+
+
+def svd_linear_group_of_layers(
+    x: torch.Tensor,
+    weight: list[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    p: list[torch.Tensor],
+    lam: list[torch.Tensor],
+    q: list[torch.Tensor],
+    scaling: float,
+) -> list[torch.Tensor]:
+    """`svd_linear_group` of an x that `svd_linear.fits` layers which were checked before."""
     # torch.library has no gradient for a list of optional tensors: an empty one stands for None.
-    biases = [x.new_empty(0) if b is None else b for b in biases]
-    outputs: list[torch.Tensor] = torch.ops.hal.svd_linear_group(
-        x, weights, biases, list(p), list(lam), list(q), float(scaling)
-    )[0]
+    biases = [x.new_empty(0) if b is None else b for b in bias]
+    outputs: list[torch.Tensor] = _svd_linear_group(x, weight, biases, p, lam, q, float(scaling))[0]
     return outputs
 
 
@@ -232,7 +243,7 @@ def _autograd_backward(
     needs_x, needs_weight, needs_bias, *needs_factors = ctx.needs_input_grad[:6]
     dy = [None] * n if dy is None else list(dy)
     wanted = any(any(needs) for needs in needs_factors)
-    dx, dp, dlam, dq = torch.ops.hal.svd_linear_group_backward(
+    dx, dp, dlam, dq = _svd_linear_group_backward(
         dy, x, h, weight, p, lam, q, ctx.scaling, needs_x, wanted
     )
     dweight = [
@@ -264,7 +275,7 @@ def _backward_cuda(
     return backward(*args)
 
 
-define(
+_svd_linear_group = define(
     "svd_linear_group(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] p, Tensor[] lam,"
     " Tensor[] q, float scaling) -> (Tensor[], Tensor)",
     default=_forward,
@@ -273,7 +284,7 @@ define(
     setup_context=_setup_context,
     backward=_autograd_backward,
 )
-define(
+_svd_linear_group_backward = define(
     "svd_linear_group_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] weight, Tensor[] p,"
     " Tensor[] lam, Tensor[] q, float scaling, bool needs_dx, bool needs_factors)"
     " -> (Tensor, Tensor, Tensor, Tensor[])",

@@ -57,7 +57,7 @@ def svd_linear_penalty(
     expect_dtype("q", q, p.dtype, "the dtype of p")
     x, (weight,), (bias,) = autocast_inputs(x, [weight], [bias])
     lam, seed = effective(x, lam, mask, dropout, seed)
-    y, _, penalty, _ = torch.ops.hal.svd_linear_penalty(
+    y, _, penalty, _ = _svd_linear_penalty(
         x, weight, bias, p, lam, q, float(scaling), dropout, seed, kind == "squared"
     )
     return y, penalty
@@ -162,7 +162,7 @@ def _forward_cuda(*args: Any) -> Outputs:
     return forward(*args)
 
 
-define(
+_svd_linear_penalty = define(
     "svd_linear_penalty(Tensor x, Tensor weight, Tensor? bias, Tensor p, Tensor lam, Tensor q,"
     " float scaling, float dropout, Tensor? seed, bool squared)"
     " -> (Tensor, Tensor, Tensor, Tensor[])",
