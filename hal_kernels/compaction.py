@@ -5,7 +5,6 @@ import gc
 import torch
 from torch import nn
 
-from .nn.allocation import last_allocation
 from .nn.tensors import replace_data
 from .patching import find_adapter
 
@@ -27,11 +26,10 @@ def compact(model: nn.Module) -> nn.Module:
             schedule before its last allocation, while pruned directions may still come back.
     """
     adapter = find_adapter(model)
-    end = last_allocation(adapter.config, len(adapter.layout.layers))
-    if adapter.config.schedule == "cubic" and adapter.steps < end:
+    if adapter.config.schedule == "cubic" and adapter.steps < adapter.last_allocation:
         raise ValueError(
             f"compact: the cubic schedule is still allocating (step {adapter.steps} of "
-            f"{end}), pruned directions may come back"
+            f"{adapter.last_allocation}), pruned directions may come back"
         )
     kept = adapter.mask > 0
     if bool(kept.all()):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class HALConfig:
             factors (starts as the identity), "replace" takes it as it is (the paper's literal
             rule), "residual" adds it to the last factors. Unused by "direct".
         alpha: scaling s = alpha / rank, constant while pruning goes on.
+        rank_pattern: initial ranks of single layers, instead of `init_rank`. Keys are names,
+            endings or regular expressions for an ending, as PEFT's; the first that matches counts.
+        alpha_pattern: alpha of single layers, by the same kind of keys.
         dropout: probability of dropping an element of a layer's input, on the adapter's path only.
         gamma: weight of the orthogonality penalty in a training loss [eq. 7].
         penalty: "squared" [eq. 7] or "frobenius" (PEFT's form).
@@ -64,6 +67,8 @@ class HALConfig:
     hypernet: str = "bert"
     update: str = "anchor"
     alpha: float = 8.0
+    rank_pattern: Mapping[str, int] | None = dataclasses.field(default=None, hash=False)
+    alpha_pattern: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
     dropout: float = 0.0
     gamma: float = 0.1
     penalty: str = "squared"
@@ -99,6 +104,12 @@ class HALConfig:
         _expect_choice("allocation", self.allocation, ALLOCATIONS)
         _expect_choice("schedule", self.schedule, SCHEDULES)
         expect_number("alpha", self.alpha, above=0.0)
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, _checked_mapping(name, getattr(self, name)))
+        for key, rank in (self.rank_pattern or {}).items():
+            _expect_int(f"rank_pattern[{key!r}]", rank, 1)
+        for key, alpha in (self.alpha_pattern or {}).items():
+            expect_number(f"alpha_pattern[{key!r}]", alpha, above=0.0)
         expect_number("gamma", self.gamma, least=0.0)
         expect_number("dropout", self.dropout, least=0.0, below=1.0)
         expect_number("beta1", self.beta1, above=0.0, below=1.0)
@@ -128,8 +139,52 @@ class HALConfig:
 
     @property
     def scaling(self) -> float:
-        """s = alpha / rank."""
+        """s = alpha / rank, of a layer that no `alpha_pattern` names."""
         return self.alpha / self.rank
+
+    def scaling_of(self, name: str) -> float:
+        """s of the layer of this name."""
+        return _matched(self.alpha_pattern, name, self.alpha) / self.rank
+
+    def init_rank_of(self, name: str) -> int:
+        """The rank that the layer of this name starts with, once `init_rank` is settled."""
+        if self.init_rank is None:
+            raise ValueError("init_rank is None, expected the rank that for_layers settles")
+        return _matched(self.rank_pattern, name, self.init_rank)
+
+    def for_layers(self, widths: Mapping[str, tuple[int, int]]) -> "HALConfig":
+        """This configuration with `init_rank` settled for layers of these (d_in, d_out), by name.
+
+        Raises:
+            ValueError: a rank exceeds a layer's narrowest side, a key of a pattern names no layer,
+                or the initial ranks are less than the budget.
+        """
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field) or {}:
+                if not any(_names(key, name) for name in widths):
+                    raise ValueError(f"{field}: {key!r} matches no adapted layer")
+        narrowest = {name: min(pair) for name, pair in widths.items()}
+        free = [
+            n for name, n in narrowest.items() if _matched(self.rank_pattern, name, None) is None
+        ]
+        config = self.with_init_rank(min(free or narrowest.values()))
+        for name, least in narrowest.items():
+            if config.init_rank_of(name) > least:
+                raise ValueError(
+                    f"rank_pattern gives {name!r} rank {config.init_rank_of(name)}, expected at "
+                    f"most {least} (its narrowest side)"
+                )
+        total, budget = config.initial_rows(widths), self.rank * len(widths)
+        if total < budget:
+            raise ValueError(
+                f"rank_pattern lets the layers start with {total} directions, expected at least "
+                f"rank × layers = {budget}: ranks only shrink"
+            )
+        return config
+
+    def initial_rows(self, names: Iterable[str]) -> int:
+        """How many directions these layers start with, all together."""
+        return sum(self.init_rank_of(name) for name in names)
 
     def with_init_rank(self, narrowest: int) -> "HALConfig":
         """This configuration with `init_rank` settled for a model whose narrowest side is given."""
@@ -165,6 +220,28 @@ class HALConfig:
                 raise ValueError(f"dtype is {values['dtype']!r}, expected one of {list(DTYPES)}")
             values["dtype"] = DTYPES[values["dtype"]]
         return cls(**values)
+
+
+def _checked_mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """A pattern's entries, its keys checked; None for an empty one."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is {value!r}, expected a mapping from layer names")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} holds the key {key!r}, expected a name")
+        _pattern(name, key)
+    return dict(value) or None
+
+
+def _names(key: str, name: str) -> bool:
+    """Whether a pattern's key means the layer of this name, by PEFT's rule."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _matched(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    return next((v for key, v in (pattern or {}).items() if _names(key, name)), default)
 
 
 def _pattern(name: str, value: Any) -> str | tuple[str, ...]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .nn.adapter import HyperAdapter
 from .nn.linear import HALLinear
 from .patching import find_adapter
 
@@ -44,13 +45,17 @@ def factors(model: nn.Module) -> dict[str, Factors]:
     if isinstance(model, HALLinear) and model._hal is None:
         own = (model.p.detach().t(), model.lam.detach(), model.q.detach())
         return {"": Factors(*own, model.mask, model.scaling)}
-    adapter = find_adapter(model)
+    return adapter_factors(find_adapter(model))
+
+
+def adapter_factors(adapter: HyperAdapter) -> dict[str, Factors]:
+    """The factors of one adapter's layers, as `factors` gives them."""
     packed = adapter.current().factors
-    layout, scaling = adapter.layout, adapter.config.scaling
+    layout = adapter.layout
     p, q = layout.p.split(packed.p), layout.q.split(packed.q)
     lam, mask = packed.lam.split(layout.ranks), adapter.effective_mask.split(layout.ranks)
     return {
-        spec.name: Factors(p[i].t(), lam[i], q[i], mask[i], scaling)
+        spec.name: Factors(p[i].t(), lam[i], q[i], mask[i], adapter.scalings[i])
         for i, spec in enumerate(layout.layers)
     }
 

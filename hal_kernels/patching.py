@@ -1,11 +1,12 @@
 """`patch_model`: adapt a model's linear layers in place."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .config import HALConfig
 from .nn.adapter import HyperAdapter
@@ -57,11 +58,21 @@ def patch_model(
     expect_unpatched(model)
     layers = target_layers(model, config)
     widths = {name: linear_widths(layer) for name, layer in layers.items()}
-    config = config.with_init_rank(min(min(pair) for pair in widths.values()))
-    assert config.init_rank is not None
-    specs = [LayerSpec(name, *pair, config.init_rank) for name, pair in widths.items()]
-    attach(model, HyperAdapter(config, Layout(specs), _device(layers)), layers)
+    attach(model, new_adapter(config, widths, _device(layers)), layers)
     return model
+
+
+def new_adapter(
+    config: HALConfig, widths: Mapping[str, tuple[int, int]], device: torch.device
+) -> HyperAdapter:
+    """An adapter for layers of these (d_in, d_out), by name, in this order.
+
+    Raises:
+        ValueError: what `HALConfig.for_layers` raises.
+    """
+    config = config.for_layers(widths)
+    specs = [LayerSpec(name, *pair, config.init_rank_of(name)) for name, pair in widths.items()]
+    return HyperAdapter(config, Layout(specs), device)
 
 
 def expect_unpatched(model: nn.Module) -> None:
@@ -105,6 +116,13 @@ def attach(model: nn.Module, adapter: HyperAdapter, layers: dict[str, nn.Module]
         layer.__dict__["_hal"] = LayerSlot(adapter, index, type(layer), shared.get(id(layer)))
         layer.__class__ = adapted
     setattr(model, ATTRIBUTE, adapter)
+    model.__dict__["_hal_hooks"] = hook_forward(model, adapter, groups)
+
+
+def hook_forward(
+    model: nn.Module, adapter: HyperAdapter, groups: Sequence[SharedInput]
+) -> list[RemovableHandle]:
+    """Let `adapter` know of `model`'s forward passes and optimizer steps."""
     handles = [
         model.register_forward_pre_hook(_Opening(adapter, groups)),
         model.register_forward_hook(_Closing(adapter, groups), with_kwargs=True, always_call=True),
@@ -118,9 +136,9 @@ def attach(model: nn.Module, adapter: HyperAdapter, layers: dict[str, nn.Module]
     embeddings = _input_embeddings(model)
     if embeddings is not None:
         handles.append(embeddings.register_forward_hook(_InputGradients(model)))
-    model.__dict__["_hal_hooks"] = handles
     adapter.train(model.training)
     watch(adapter)
+    return handles
 
 
 def detach_adapter(model: nn.Module) -> HyperAdapter:

@@ -171,7 +171,7 @@ def test_cubic_is_pefts_schedule():
             budget, masks = adalora.RankAllocator.budget_schedule(allocator, step)
             masks = (masks and step < total - tfinal) or step == total - tfinal
             expected = layers * init_rank - budget if masks else None
-            assert allocation.pruned_count(config, layers, step) == expected
+            assert allocation.pruned_count(config, layers, layers * init_rank, step) == expected
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)

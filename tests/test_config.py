@@ -15,7 +15,7 @@ OTHER = {
     "dropout": 0.1, "gamma": 0.5, "penalty": "frobenius", "allocation": "ema",
     "schedule": "cubic", "interval": 10, "prune_per_interval": 5, "tinit": 20, "tfinal": 30,
     "total_step": 200, "beta1": 0.9, "beta2": 0.8, "dtype": torch.float64, "seed": 3,
-    "skip_nonfinite": False,
+    "skip_nonfinite": False, "rank_pattern": {"up.0": 9}, "alpha_pattern": {r".*\.1": 2.5},
 }  # fmt: skip
 
 
@@ -28,6 +28,7 @@ def test_defaults():
         "allocation": "sensitivity", "schedule": "fixed", "interval": 100,
         "prune_per_interval": None, "tinit": 0, "tfinal": 0, "total_step": None, "beta1": 0.85,
         "beta2": 0.85, "dtype": torch.float32, "seed": None, "skip_nonfinite": True,
+        "rank_pattern": None, "alpha_pattern": None,
     }  # fmt: skip
 
 

@@ -82,7 +82,8 @@ class HyperAdapter(nn.Module):
                 torch.default_generator.manual_seed(config.seed)
             self._make_tensors(layout)
         self.set_layout(layout)
-        self.to(device=device)
+        # Parameters made under accelerate's init_empty_weights have no data to move.
+        self._apply(lambda t: t if t.is_meta else t.to(device))
 
     @property
     def direct(self) -> bool:
@@ -124,6 +125,9 @@ class HyperAdapter(nn.Module):
     def set_layout(self, layout: Layout) -> None:
         """Take over where each layer's rows lie (at the start, and after compaction)."""
         self.layout = layout
+        names = [spec.name for spec in layout.layers]
+        self.scalings = [self.config.scaling_of(name) for name in names]
+        self.initial_rows = self.config.initial_rows(names)
         device = self.mask.device
         index = {"offsets_lam": layout.offsets}
         for name, side in (("p", layout.p), ("q", layout.q)):
@@ -457,7 +461,12 @@ class HyperAdapter(nn.Module):
         them train on until the last one, so that they may come back.
         """
         cubic = self.direct and self.config.schedule == "cubic"
-        return not cubic or self.steps >= last_allocation(self.config, len(self.layout.layers))
+        return not cubic or self.steps >= self.last_allocation
+
+    @property
+    def last_allocation(self) -> int:
+        """The optimizer step after which the mask stays as it is."""
+        return last_allocation(self.config, len(self.layout.layers), self.initial_rows)
 
     @property
     def effective_mask(self) -> torch.Tensor:

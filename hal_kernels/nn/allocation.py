@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from .adapter import HyperAdapter
 
 
-def surplus(config: HALConfig, layers: int) -> int:
-    """Directions to be pruned over the whole run: (init_rank − rank) × number of layers."""
-    assert config.init_rank is not None  # settled by with_init_rank
-    return (config.init_rank - config.rank) * layers
+def surplus(config: HALConfig, layers: int, initial: int) -> int:
+    """Directions to be pruned over the whole run: initial directions − rank × number of layers."""
+    return initial - config.rank * layers
 
 
-def last_allocation(config: HALConfig, layers: int) -> int:
-    """The optimizer step after which the mask stays as it is."""
-    extra = surplus(config, layers)
+def last_allocation(config: HALConfig, layers: int, initial: int) -> int:
+    """The optimizer step after which the mask stays as it is.
+
+    Args:
+        initial: directions that all layers together start with.
+    """
+    extra = surplus(config, layers, initial)
     if extra == 0:
         return 0
     if config.schedule == "cubic":
@@ -33,13 +36,13 @@ def last_allocation(config: HALConfig, layers: int) -> int:
     return config.interval * math.ceil(extra / _per_interval(config, extra))
 
 
-def pruned_count(config: HALConfig, layers: int, step: int) -> int | None:
+def pruned_count(config: HALConfig, layers: int, initial: int, step: int) -> int | None:
     """How many directions the mask prunes from this optimizer step on; None: no allocation now.
 
     Steps count from 1. "cubic" is AdaLoRA's b(t) (PEFT's RankAllocator.budget_schedule), "fixed"
     prunes the same number every interval.
     """
-    extra, end = surplus(config, layers), last_allocation(config, layers)
+    extra, end = surplus(config, layers, initial), last_allocation(config, layers, initial)
     if extra == 0 or step > end or (step % config.interval and step != end):
         return None
     if config.schedule == "fixed":
@@ -57,15 +60,15 @@ def _per_interval(config: HALConfig, extra: int) -> int:
 
 def allocate(adapter: "HyperAdapter") -> None:
     """Update importance, and prune where the schedule says so, after an optimizer step."""
-    config, layers = adapter.config, len(adapter.layout.layers)
-    end = last_allocation(config, layers)
+    config = adapter.config
     # PEFT's last allocation, at `end`, uses the averages of the step before.
-    if config.allocation == "ema" and adapter.steps < end + (config.schedule == "fixed"):
+    if config.allocation == "ema" and adapter.steps < (
+        adapter.last_allocation + (config.schedule == "fixed")
+    ):
         _update_importance(adapter)
-    count = pruned_count(config, layers, adapter.steps)
+    count = pruned_count(config, len(adapter.layout.layers), adapter.initial_rows, adapter.steps)
     if count is not None:
-        assert config.init_rank is not None
-        gone = config.init_rank * layers - adapter.layout.rows  # dropped by compaction
+        gone = adapter.initial_rows - adapter.layout.rows  # dropped by compaction
         scores = _average_over_processes(_scores(adapter))
         adapter.mask.copy_(prune_smallest(scores, max(count - gone, 0)))
     if adapter.direct and (count is not None or adapter.holds_mask):

@@ -47,9 +47,8 @@ class AdaptedLayer(nn.Module):
         factors = slot.adapter.layer_factors(slot.index)
         if factors is None:
             return None
-        config = slot.adapter.config
-        dropout = config.dropout if self.training else 0.0
-        return factors, {"scaling": config.scaling, "dropout": dropout}
+        dropout = slot.adapter.config.dropout if self.training else 0.0
+        return factors, {"scaling": slot.adapter.scalings[slot.index], "dropout": dropout}
 
     def _own_arguments(self) -> tuple[LayerFactors, dict[str, Any]]:
         raise RuntimeError(f"{type(self).__name__} is not part of a patched model")

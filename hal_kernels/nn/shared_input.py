@@ -97,7 +97,7 @@ class SharedInput:
         leader, every = self.layers[0], [factors]
         for layer in self.layers[1:]:
             found = layer.adapter_arguments()
-            if found is None or not _ready(layer, leader):
+            if found is None or found[1]["scaling"] != scaling or not _ready(layer, leader):
                 return None
             every.append(found[0])
         weights = [layer.weight for layer in self.layers]
