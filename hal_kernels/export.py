@@ -7,13 +7,14 @@ and alpha = r for every layer, so any reader of PEFT's format gets the same ΔW.
 import json
 import os
 import re
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .checkpoint import serialized, write_atomically
-from .introspection import factors
+from .introspection import Factors, factors
 from .patching import adapted_layers, enabled_adapter, owner_of, saved_modules
 from .targets import is_conv1d_class, matches
 
@@ -42,13 +43,46 @@ def export_lora(
         OSError: can't write there.
     """
     owner, config = owner_of(model), enabled_adapter(model).config
+    layers = adapted_layers(owner)
+    write_lora(
+        path,
+        factors(owner),
+        owner,
+        dropout=config.dropout,
+        fan_in_fan_out={name for name, layer in layers.items() if is_conv1d_class(layer)},
+        saved_modules={name: module.state_dict() for name, module in saved_modules(owner)},
+        base_model_name_or_path=base_model_name_or_path,
+        task_type=task_type,
+    )
+
+
+def write_lora(
+    path: str | os.PathLike[str],
+    factors: Mapping[str, Factors],
+    model: nn.Module,
+    *,
+    dropout: float,
+    fan_in_fan_out: Set[str],
+    saved_modules: Mapping[str, Mapping[str, torch.Tensor]],
+    base_model_name_or_path: str | None,
+    task_type: str | None,
+) -> None:
+    """`export_lora` for factors from anywhere.
+
+    Args:
+        factors: of the layers, by their names in `model`.
+        model: the base model: its other modules' names must not be taken for targets.
+        dropout, base_model_name_or_path, task_type: for the config.
+        fan_in_fan_out: names of the layers that are Conv1D.
+        saved_modules: tensors of the modules trained in full, by module name.
+    """
     texts = {"task_type": task_type, "base_model_name_or_path": base_model_name_or_path}
     for name, value in texts.items():
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name} is {value!r}, expected a str or None")
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
-    for name, f in factors(owner).items():
+    for name, f in factors.items():
         kept = f.mask > 0
         if not kept.any():
             continue
@@ -57,11 +91,10 @@ def export_lora(
         tensors[f"{PREFIX}{name}.lora_B.weight"] = (f.q[kept] * (f.scaling * f.lam[kept, None])).t()
     if not ranks:
         raise ValueError("export_lora: every direction is pruned, there is nothing to export")
-    for name, module in saved_modules(owner):
-        tensors |= {f"{PREFIX}{name}.{key}": v for key, v in module.state_dict().items()}
+    for name, state in saved_modules.items():
+        tensors |= {f"{PREFIX}{name}.{key}": v for key, v in state.items()}
     if base_model_name_or_path is None:
-        base_model_name_or_path = getattr(owner, "name_or_path", None) or None
-    layers = adapted_layers(owner)
+        base_model_name_or_path = getattr(model, "name_or_path", None) or None
     largest = max(ranks.values())
     # PEFT reads pattern keys as regular expressions that match a name's end.
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
@@ -72,13 +105,13 @@ def export_lora(
         "inference_mode": True,
         "r": largest,
         "lora_alpha": largest,
-        "lora_dropout": config.dropout,
+        "lora_dropout": dropout,
         "bias": "none",
-        "fan_in_fan_out": any(is_conv1d_class(layers[name]) for name in ranks),
-        "target_modules": _targets(owner, list(ranks)),
+        "fan_in_fan_out": not fan_in_fan_out.isdisjoint(ranks),
+        "target_modules": _targets(model, list(ranks)),
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "modules_to_save": [name for name, _ in saved_modules(owner)] or None,
+        "modules_to_save": list(saved_modules) or None,
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -157,9 +157,22 @@ def detach_adapter(model: nn.Module) -> HyperAdapter:
 def find_adapter(model: nn.Module) -> HyperAdapter:
     """The adapter of a patched model, also through wrappers such as DistributedDataParallel.
 
+    Of a model whose adapters have another owner (hal_peft's), the one that is enabled.
+
     Raises:
-        TypeError: `model` is no module. ValueError: it is not patched.
+        TypeError: `model` is no module. ValueError: it is not patched, or several are enabled.
     """
+    if isinstance(model, nn.Module):
+        held = {id(m._modules.get(ATTRIBUTE)) for m in model.modules()}
+        adapters = [m for m in model.modules() if isinstance(m, HyperAdapter) and id(m) not in held]
+        enabled = [adapter for adapter in adapters if not adapter.disabled]
+        if len(enabled) == 1 or len(adapters) == 1:
+            return (enabled or adapters)[0]
+        if adapters:
+            raise ValueError(
+                f"model holds {len(adapters)} adapters of which {len(enabled)} are enabled, "
+                "expected one"
+            )
     adapter = getattr(_owner(model), ATTRIBUTE)
     assert isinstance(adapter, HyperAdapter)
     return adapter

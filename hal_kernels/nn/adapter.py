@@ -25,7 +25,7 @@ from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
 from .recompute import Gradients, Join, Recomputed, Regenerate, Tie, inside_backward
-from .tensors import all_finite, unit_rows
+from .tensors import all_finite, capturing, unit_rows
 
 # State of a pass or a step under way, with its value in between. Never saved, never copied.
 _TRANSIENT = {
@@ -82,8 +82,7 @@ class HyperAdapter(nn.Module):
                 torch.default_generator.manual_seed(config.seed)
             self._make_tensors(layout)
         self.set_layout(layout)
-        # Parameters made under accelerate's init_empty_weights have no data to move.
-        self._apply(lambda t: t if t.is_meta else t.to(device))
+        self._apply(lambda t: t if t.is_meta else t.to(device))  # some are under init_empty_weights
 
     @property
     def direct(self) -> bool:
@@ -125,9 +124,8 @@ class HyperAdapter(nn.Module):
     def set_layout(self, layout: Layout) -> None:
         """Take over where each layer's rows lie (at the start, and after compaction)."""
         self.layout = layout
-        names = [spec.name for spec in layout.layers]
-        self.scalings = [self.config.scaling_of(name) for name in names]
-        self.initial_rows = self.config.initial_rows(names)
+        self.scalings = [self.config.scaling_of(spec.name) for spec in layout.layers]
+        self.initial_rows = self.config.initial_rows(spec.name for spec in layout.layers)
         device = self.mask.device
         index = {"offsets_lam": layout.offsets}
         for name, side in (("p", layout.p), ("q", layout.q)):
@@ -212,6 +210,10 @@ class HyperAdapter(nn.Module):
                 self._recomputed = Recomputed(self.layout, self._views_again(self._recent))
             return self._recomputed.factors(index)
         return self._stray_generation().views[index]
+
+    def present_factors(self, index: int) -> LayerFactors:
+        """One layer's (P rows, Λ_eff, Q rows) as they are now, detached; also while disabled."""
+        return self._stray_current().views[index]
 
     @property
     def in_pass(self) -> bool:
@@ -317,14 +319,12 @@ class HyperAdapter(nn.Module):
         elif once:
             effective = self._probed(factors)
         else:
-            tensors = Regenerate.apply(self._generate_probed, *self.parameters(), *self._probes)
+            generate = lambda: self._probed(self._generate()).tensors()  # noqa: E731
+            tensors = Regenerate.apply(generate, *self.parameters(), *self._probes)
             effective = factors.like(tensors)
         if not torch.compiler.is_compiling():
             effective = effective.like(Join.apply(self._collect, *effective.tensors()))
         return self._with_views(factors, effective)
-
-    def _generate_probed(self) -> list[torch.Tensor]:
-        return self._probed(self._generate()).tensors()
 
     def _probed(self, factors: Packed) -> Packed:
         """Generated factors with Λ masked; their gradients are left in the probes."""
@@ -409,7 +409,7 @@ class HyperAdapter(nn.Module):
         Args:
             parameters: what is stepped together with this adapter's own parameters.
         """
-        if not self.config.skip_nonfinite or _capturing(self.mask.device):
+        if not self.config.skip_nonfinite or capturing(self.mask.device):
             return
         stepped = {id(p): p for p in [*parameters, *self.parameters(), *self._probes]}
         if not all_finite([p.grad for p in stepped.values() if p.grad is not None]):
@@ -422,9 +422,8 @@ class HyperAdapter(nn.Module):
     def after_optimizer_step(self) -> None:
         """Advance the factors and allocate ranks, once per optimizer step that had gradients."""
         recent = self._recent
-        # Without a forward or without a gradient there was nothing to step.
         moved = self._has_gradient() and self.watched().lam.grad is not None
-        if moved and recent is not None and not self._skip:
+        if moved and recent is not None and not self._skip:  # else there was nothing to step
             self.steps += 1
             if not self.direct:
                 torch._foreach_copy_(self.packed().tensors(), recent.tensors())
@@ -499,7 +498,3 @@ class HyperAdapter(nn.Module):
             f"layers={len(self.layout.layers)}, rank={config.rank}, init_rank={config.init_rank}, "
             f"hypernet={config.hypernet!r}, update={config.update!r}, steps={self.steps}"
         )
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

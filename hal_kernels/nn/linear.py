@@ -26,12 +26,21 @@ from .tensors import unit_rows
 
 @dataclasses.dataclass(frozen=True)
 class LayerSlot:
-    """A patched layer's place in its model's adapter. (No Module attribute: no second owner.)"""
+    """A layer's place in its model's adapter. (No Module attribute: no second owner.)"""
 
     adapter: HyperAdapter
     index: int
     original_class: type[nn.Module]
     shared_input: SharedInput | None = None
+
+    def arguments(self, training: bool) -> tuple[LayerFactors, dict[str, Any]] | None:
+        """((P, Λ_eff, Q), keyword arguments of the operators), or None while disabled."""
+        adapter = self.adapter
+        factors = adapter.layer_factors(self.index)
+        if factors is None:
+            return None
+        dropout = adapter.config.dropout if training else 0.0
+        return factors, {"scaling": adapter.scalings[self.index], "dropout": dropout}
 
 
 class AdaptedLayer(nn.Module):
@@ -40,15 +49,8 @@ class AdaptedLayer(nn.Module):
     _hal: LayerSlot | None = None
 
     def adapter_arguments(self) -> tuple[LayerFactors, dict[str, Any]] | None:
-        """((P, Λ_eff, Q), keyword arguments of the operators), or None while disabled."""
-        slot = self._hal
-        if slot is None:
-            return self._own_arguments()
-        factors = slot.adapter.layer_factors(slot.index)
-        if factors is None:
-            return None
-        dropout = slot.adapter.config.dropout if self.training else 0.0
-        return factors, {"scaling": slot.adapter.scalings[slot.index], "dropout": dropout}
+        """What `LayerSlot.arguments` gives; a layer that stands alone has its own."""
+        return self._own_arguments() if self._hal is None else self._hal.arguments(self.training)
 
     def _own_arguments(self) -> tuple[LayerFactors, dict[str, Any]]:
         raise RuntimeError(f"{type(self).__name__} is not part of a patched model")

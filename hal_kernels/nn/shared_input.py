@@ -13,7 +13,7 @@ tensors saved.
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,8 +22,21 @@ from ..ops.svd_linear import fits
 from ..ops.svd_linear_group import svd_linear_group, svd_linear_group_of_layers
 from .packed import LayerFactors
 
-if TYPE_CHECKING:
-    from .linear import HALLinear
+
+class Adapted(Protocol):
+    """A linear layer that `svd_linear` computes: `HALLinear`, or what wraps an nn.Linear."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+    @property
+    def bias(self) -> torch.Tensor | None: ...
+
+    def adapter_arguments(self) -> tuple[LayerFactors, dict[str, Any]] | None: ...
+
 
 NAMES = (
     ("query", "key", "value"),  # BERT, ViT
@@ -62,7 +75,7 @@ class _Waiting:
 class SharedInput:
     """A group of layers, and the outputs of one call of it."""
 
-    def __init__(self, layers: Sequence["HALLinear"]) -> None:
+    def __init__(self, layers: Sequence[Adapted]) -> None:
         self.layers = tuple(layers)
         self.given_up = False
         self._left_over = False
@@ -70,7 +83,7 @@ class SharedInput:
 
     def output(
         self,
-        layer: "HALLinear",
+        layer: Adapted,
         x: torch.Tensor,
         factors: LayerFactors,
         scaling: float,
@@ -132,7 +145,7 @@ class SharedInput:
         return self.__dict__ | {"_waiting": None}
 
 
-def find_groups(model: nn.Module, layers: Iterable[nn.Linear]) -> list[list[nn.Linear]]:
+def find_groups(model: nn.Module, layers: Iterable[Adapted]) -> list[list[Adapted]]:
     """Those of `layers` that are siblings by the names of `NAMES`, with inputs of one width."""
     known = {id(layer): layer for layer in layers}
     groups = []
@@ -151,14 +164,14 @@ def _shows_changes(x: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and not x.is_inference()
 
 
-def _ready(layer: "HALLinear", leader: "HALLinear") -> bool:
+def _ready(layer: Adapted, leader: Adapted) -> bool:
     """Whether `layer` could be called now: weights may be offloaded or sharded until they are."""
     own, other = layer.weight, leader.weight
     shape = (layer.out_features, layer.in_features)
     return own.device == other.device and own.dtype == other.dtype and own.shape == shape
 
 
-def _key(layer: "HALLinear", factors: LayerFactors) -> tuple[Any, ...]:
+def _key(layer: Adapted, factors: LayerFactors) -> tuple[Any, ...]:
     """What an output depends on beside x: tensors, and how often each was written to."""
     tensors = [layer.weight, *factors]
     if layer.bias is not None:

@@ -39,3 +39,8 @@ def finite_norm(tensors: Sequence[torch.Tensor]) -> bool:
 def unit_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Gaussian rows of unit norm: near-orthogonal, elements of about 1/√width."""
     return nn.functional.normalize(torch.randn(rows, width), dim=1).to(dtype)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, when the host cannot wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
