@@ -52,6 +52,8 @@ def compact(model: nn.Module) -> nn.Module:
         _keep_rows(optimizers, packed.lam, kept)
     if adapter.hypernet is not None:
         _keep_rows(optimizers, adapter.hypernet.lam_embedding, kept)
+        if adapter.hypernet.lam_offset is not None:
+            _keep_rows(optimizers, adapter.hypernet.lam_offset, kept)
     _keep_rows(optimizers, adapter.mask, kept)
     adapter.set_layout(layout.with_ranks(ranks))
     return model

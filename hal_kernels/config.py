@@ -12,6 +12,7 @@ from .ops.orthogonality_penalty import KINDS as PENALTIES
 
 HYPERNETS = ("bert", "mlp", "cnn", "direct")
 UPDATES = ("anchor", "replace", "residual")
+INITS = ("gradient", "random")
 ALLOCATIONS = ("sensitivity", "ema", "magnitude")
 SCHEDULES = ("fixed", "cubic")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -35,6 +36,13 @@ class HALConfig:
         update: how a hypernetwork's output becomes the factors: "anchor" adds it to the initial
             factors (starts as the identity), "replace" takes it as it is (the paper's literal
             rule), "residual" adds it to the last factors. Unused by "direct".
+        init: where P and Q start: "gradient" takes the top singular vectors of the weights'
+            gradients in the first optimizer step, which moves nothing else of the adapter
+            (docs/convergence.md); "random" takes Gaussian rows of unit norm. None: "gradient" for
+            a hypernetwork with "anchor", else "random".
+        lam_offsets: with "anchor", whether every singular value has a trainable offset of its own
+            beside what its hypernetwork generates (docs/convergence.md). It is scaled for
+            optimizers of Adam's kind: with SGD, set False, which is also the paper's form.
         alpha: scaling s = alpha / rank, constant while pruning goes on.
         rank_pattern: initial ranks of single layers, instead of `init_rank`. Keys are names,
             endings or regular expressions for an ending, as PEFT's; the first that matches counts.
@@ -66,6 +74,8 @@ class HALConfig:
     modules_to_save: str | Sequence[str] | None = ("classifier", "score", "qa_outputs")
     hypernet: str = "bert"
     update: str = "anchor"
+    init: str | None = None
+    lam_offsets: bool = True
     alpha: float = 8.0
     rank_pattern: Mapping[str, int] | None = dataclasses.field(default=None, hash=False)
     alpha_pattern: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
@@ -100,6 +110,15 @@ class HALConfig:
                 )
         _expect_choice("hypernet", self.hypernet, HYPERNETS)
         _expect_choice("update", self.update, UPDATES)
+        if self.init is not None:
+            _expect_choice("init", self.init, INITS)
+            if self.init == "gradient" and self.hypernet != "direct" and self.update == "replace":
+                raise ValueError(
+                    "init is 'gradient', expected 'random': update=\"replace\" keeps nothing of "
+                    "the initial directions"
+                )
+        if not isinstance(self.lam_offsets, bool):
+            raise TypeError(f"lam_offsets is {self.lam_offsets!r}, expected a bool")
         _expect_choice("penalty", self.penalty, PENALTIES)
         _expect_choice("allocation", self.allocation, ALLOCATIONS)
         _expect_choice("schedule", self.schedule, SCHEDULES)
@@ -136,6 +155,16 @@ class HALConfig:
             raise TypeError(f"skip_nonfinite is {self.skip_nonfinite!r}, expected a bool")
         if self.dtype not in DTYPES.values():
             raise ValueError(f"dtype is {self.dtype}, expected one of {list(DTYPES.values())}")
+
+    @property
+    def anchored(self) -> bool:
+        """Whether a hypernetwork's output is added to the initial factors."""
+        return self.hypernet != "direct" and self.update == "anchor"
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the first optimizer step chooses the initial directions."""
+        return self.init == "gradient" or (self.init is None and self.anchored)
 
     @property
     def scaling(self) -> float:

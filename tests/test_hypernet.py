@@ -85,7 +85,7 @@ def test_initial_factors_are_near_orthonormal(hypernet):
 ])  # fmt: skip
 def test_every_parameter_gets_a_gradient(hypernet, update):
     """Within two steps; the first one can't reach behind output projections that start at zero."""
-    model = patched(hypernet=hypernet, update=update)
+    model = patched(hypernet=hypernet, update=update, init="random")
     optimizer = adam(model)
     seen = set()
     for inputs in batches(model, 2):
@@ -187,6 +187,9 @@ def generated_by_hand(model):
         )
         if update != "replace":
             out = tuple(b + o for b, o in zip(base[index], out, strict=True))
+        if update == "anchor":
+            offset = hypernet.lam_offset.split(layout.ranks)[index]
+            out = (out[0], 0.1 * out[1] + 100.0 * offset, out[2])
         yield spec.name, out
 
 
@@ -329,6 +332,6 @@ def test_trainable_count_does_not_grow_with_depth(monkeypatch):
         sum(p.numel() for p in trainable(hal_kernels.patch_model(models.net(depth=d), 2, seed=0)))
         for d in (1, 2, 4)
     ]
-    per_block = 2 * 3 * 312
+    per_block = 2 * 3 * (312 + 1)  # a row of the embedding, and Λ's offset
     assert counts[1] - counts[0] == per_block
     assert counts[2] - counts[1] == 2 * per_block

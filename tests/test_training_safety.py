@@ -426,7 +426,7 @@ def test_gradient_scaling_leaves_scores_alone(hypernet, allocation):
 
     Not so for averages with a hypernetwork, whose gradients no scaler sees (docs/method.md).
     """
-    options = CUBIC | {"allocation": allocation}
+    options = CUBIC | {"allocation": allocation, "init": "random"}  # sketches of it are scaled
     model, plain = (
         hal_kernels.patch_model(models.net(), 2, hypernet=hypernet, **options) for _ in range(2)
     )
@@ -442,7 +442,7 @@ def test_gradient_scaling_leaves_scores_alone(hypernet, allocation):
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_skip_nonfinite_can_be_switched_off(hypernet):
-    model = patched_net(hypernet, skip_nonfinite=False)
+    model = patched_net(hypernet, skip_nonfinite=False, init="random")
     optimizer = adam(model)
     step_once(model, optimizer, None, models.batch(model), POISONS["nan"])
     assert model.hal.steps == 1
@@ -649,7 +649,7 @@ def test_optimizer_without_the_adapter(hypernet):
 @pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_step_for_foreign_optimizers(hypernet):
     """An optimizer that torch's hooks don't see, and hal_kernels.step: the same run."""
-    model, hooked = patched_net(hypernet), patched_net(hypernet)
+    model, hooked = (patched_net(hypernet, lam_offsets=False) for _ in range(2))  # SGD
     data = batches(model, LAST_ALLOCATION)
     for inputs in data:
         models.loss_of(model(**inputs)).backward()

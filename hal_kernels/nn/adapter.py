@@ -19,13 +19,14 @@ from torch import nn
 
 from ..config import HALConfig
 from ..ops.ragged import Slots
+from .alignment import Alignment, alignment_steps, nothing
 from .allocation import allocate, last_allocation
-from .hypernet import Hypernetwork
 from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
 from .recompute import Gradients, Join, Recomputed, Regenerate, Tie, inside_backward
-from .tensors import all_finite, capturing, unit_rows
+from .state import State
+from .tensors import all_finite, capturing
 
 # State of a pass or a step under way, with its value in between. Never saved, never copied.
 _TRANSIENT = {
@@ -35,7 +36,7 @@ _TRANSIENT = {
 }  # fmt: skip
 
 
-class HyperAdapter(nn.Module):
+class HyperAdapter(State):
     """Factors, hypernetworks and rank allocation of all adapted layers of one model.
 
     `patch_model` makes one and registers it as ``model.hal``. With a hypernetwork the factors are
@@ -47,8 +48,6 @@ class HyperAdapter(nn.Module):
         device: where the layers' weights are.
     """
 
-    lam: torch.Tensor
-    mask: torch.Tensor
     rows_p: torch.Tensor
     rows_q: torch.Tensor
     positions_p: torch.Tensor
@@ -69,8 +68,7 @@ class HyperAdapter(nn.Module):
     _step_begins: bool  # the next forward is an accumulation window's first
 
     def __init__(self, config: HALConfig, layout: Layout, device: torch.device) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.steps = 0
         self.disabled = False
         self.saved_modules: dict[str, dict[str, torch.Tensor]] = {}
@@ -80,46 +78,9 @@ class HyperAdapter(nn.Module):
             if config.seed is not None:
                 # The CPU's alone: torch.manual_seed would reseed every GPU, and none is restored.
                 torch.default_generator.manual_seed(config.seed)
-            self._make_tensors(layout)
+            self.make_tensors(layout)
         self.set_layout(layout)
         self._apply(lambda t: t if t.is_meta else t.to(device))  # some are under init_empty_weights
-
-    @property
-    def direct(self) -> bool:
-        """Whether P, Λ, Q are the parameters themselves (no hypernetwork)."""
-        return self.config.hypernet == "direct"
-
-    def _make_tensors(self, layout: Layout) -> None:
-        config, dtype = self.config, self.config.dtype
-        p = [unit_rows(group.rows, group.width, dtype) for group in layout.p.groups]
-        q = [unit_rows(group.rows, group.width, dtype) for group in layout.q.groups]
-        lam = torch.zeros(layout.rows, dtype=dtype)
-        if not self.direct and config.update == "replace":
-            lam.normal_(std=0.05)
-        initial = Packed(tuple(p), lam, tuple(q))
-        self._names = [f"p_{group.width}" for group in layout.p.groups]
-        self._names += ["lam", *(f"q_{group.width}" for group in layout.q.groups)]
-        self._count_p = len(p)
-        for name, value in zip(self._names, initial.tensors(), strict=True):
-            if self.direct:
-                self.register_parameter(name, nn.Parameter(value))
-            else:
-                self.register_buffer(name, value)
-                if config.update == "anchor":
-                    self.register_buffer(f"anchor_{name}", value.clone())
-            if config.allocation == "ema":
-                self.register_buffer(f"importance_{name}", torch.zeros_like(value))
-                self.register_buffer(f"uncertainty_{name}", torch.zeros_like(value))
-        self.register_buffer("mask", torch.ones(layout.rows, dtype=dtype))
-        self.hypernet: Hypernetwork | None = None
-        if not self.direct:
-            self.hypernet = Hypernetwork(
-                config.hypernet,
-                [g.width for g in layout.p.groups],
-                [g.width for g in layout.q.groups],
-                layout.rows,
-                zero_output=config.update != "replace",
-            ).to(dtype)
 
     def set_layout(self, layout: Layout) -> None:
         """Take over where each layer's rows lie (at the start, and after compaction)."""
@@ -136,6 +97,7 @@ class HyperAdapter(nn.Module):
             tensor = torch.tensor(values, dtype=torch.int64, device=device)
             self.register_buffer(name, tensor, persistent=False)
         self._make_probes()
+        self._make_alignment()
         self.forget()
 
     def _make_probes(self) -> None:
@@ -150,19 +112,19 @@ class HyperAdapter(nn.Module):
         watched = self.packed().tensors() if self.config.allocation == "ema" else [self.lam]
         self._probes = [torch.zeros_like(t, requires_grad=True) for t in watched]
 
+    def _make_alignment(self) -> None:
+        self._alignment: Alignment | None = None
+        if self.steps < alignment_steps(self.config, self.layout, self.initial_rows):
+            self._alignment = Alignment(self.layout, self.lam.dtype, self.lam.device)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "HyperAdapter":
         super()._apply(fn, recurse)
         self._make_probes()
+        if self._alignment is not None:
+            sums = [fn(t) for t in self._alignment.sums]
+            self._make_alignment()
+            self._alignment.take(sums)
         return self
-
-    def packed(self, prefix: str = "") -> Packed:
-        """The stored factors, or what belongs to them: "anchor_", "importance_", …"""
-        tensors = [getattr(self, f"{prefix}{name}") for name in self._names]
-        return Packed(
-            tuple(tensors[: self._count_p]),
-            tensors[self._count_p],
-            tuple(tensors[self._count_p + 1 :]),
-        )
 
     # -- forward ---------------------------------------------------------------------------------
 
@@ -206,6 +168,8 @@ class HyperAdapter(nn.Module):
         if not torch.is_grad_enabled():
             return self._stray_current().views[index]
         if inside_backward() and self._join_pending and self._recent is not None:
+            if self._alignment is not None:
+                return self._alignment.again(index)
             if self._recomputed is None:
                 self._recomputed = Recomputed(self.layout, self._views_again(self._recent))
             return self._recomputed.factors(index)
@@ -232,7 +196,10 @@ class HyperAdapter(nn.Module):
                 self._stray_generation() if torch.is_grad_enabled() else self.current()
             )
             packed = live.effective
-        return packed_penalty(self, packed)
+        if self._alignment is None:
+            return packed_penalty(self, packed)
+        # These directions are about to be replaced: the penalty counts, and moves nothing.
+        return packed_penalty(self, packed.detach()) + nothing(packed.tensors())
 
     def loss_term(self, *, counts_once: bool) -> torch.Tensor | None:
         """γ·penalty to be added to this forward's loss, or None.
@@ -324,7 +291,10 @@ class HyperAdapter(nn.Module):
             effective = factors.like(tensors)
         if not torch.compiler.is_compiling():
             effective = effective.like(Join.apply(self._collect, *effective.tensors()))
-        return self._with_views(factors, effective)
+        generation = self._with_views(factors, effective)
+        if self._alignment is None or capturing(self.mask.device):
+            return generation
+        return generation._replace(views=self._alignment.views(effective.tensors()))
 
     def _probed(self, factors: Packed) -> Packed:
         """Generated factors with Λ masked; their gradients are left in the probes."""
@@ -411,7 +381,8 @@ class HyperAdapter(nn.Module):
         """
         if not self.config.skip_nonfinite or capturing(self.mask.device):
             return
-        stepped = {id(p): p for p in [*parameters, *self.parameters(), *self._probes]}
+        watched = [*parameters, *self.parameters(), *self._leaves()]
+        stepped = {id(p): p for p in watched}
         if not all_finite([p.grad for p in stepped.values() if p.grad is not None]):
             for parameter in stepped.values():
                 parameter.grad = None
@@ -425,9 +396,16 @@ class HyperAdapter(nn.Module):
         moved = self._has_gradient() and self.watched().lam.grad is not None
         if moved and recent is not None and not self._skip:  # else there was nothing to step
             self.steps += 1
-            if not self.direct:
-                torch._foreach_copy_(self.packed().tensors(), recent.tensors())
-            allocate(self)
+            if self._alignment is not None:
+                self._alignment.end_step()
+                if self.steps == alignment_steps(self.config, self.layout, self.initial_rows):
+                    anchors = [self.packed("anchor_")] if self.config.anchored else []
+                    self._alignment.write([self.packed(), *anchors])
+                    self._alignment = None
+            else:
+                if not self.direct:
+                    torch._foreach_copy_(self.packed().tensors(), recent.tensors())
+                allocate(self)
         self._skip = False
         self._clear_probes()
         self.forget()
@@ -449,8 +427,12 @@ class HyperAdapter(nn.Module):
         return Packed((), self._probes[0], ())
 
     def _clear_probes(self) -> None:
-        for probe in self._probes:
-            probe.grad = None
+        for leaf in self._leaves():
+            leaf.grad = None
+
+    def _leaves(self) -> list[torch.Tensor]:
+        """Tensors that gradients are left in and no optimizer moves."""
+        return [*self._probes, *(self._alignment.leaves() if self._alignment is not None else [])]
 
     @property
     def holds_mask(self) -> bool:
@@ -475,11 +457,20 @@ class HyperAdapter(nn.Module):
     # -- state -----------------------------------------------------------------------------------
 
     def get_extra_state(self) -> torch.Tensor:
-        """The step counter, as a tensor so that safetensors can hold it."""
-        return torch.tensor([self.steps], dtype=torch.int64)
+        """The step counter, as a tensor so that safetensors can hold it.
+
+        In the first steps, what has been seen of the directions follows (float64).
+        """
+        if self._alignment is None or self.steps == 0:
+            return torch.tensor([self.steps], dtype=torch.int64)
+        sums = torch.cat([t.flatten() for t in self._alignment.sums]).double().cpu()
+        return torch.cat([torch.tensor([self.steps], dtype=torch.float64), sums])
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.steps = int(state[0])
+        self._make_alignment()
+        if self._alignment is not None and self.steps > 0:
+            self._alignment.take_flat(state[1:])
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:

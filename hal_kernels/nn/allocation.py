@@ -69,7 +69,8 @@ def allocate(adapter: "HyperAdapter") -> None:
     count = pruned_count(config, len(adapter.layout.layers), adapter.initial_rows, adapter.steps)
     if count is not None:
         gone = adapter.initial_rows - adapter.layout.rows  # dropped by compaction
-        scores = _average_over_processes(_scores(adapter))
+        scores = _scores(adapter)
+        average_over_processes([scores])
         adapter.mask.copy_(prune_smallest(scores, max(count - gone, 0)))
     if adapter.direct and (count is not None or adapter.holds_mask):
         adapter.lam.mul_(adapter.mask)
@@ -109,9 +110,12 @@ def _scores(adapter: "HyperAdapter") -> torch.Tensor:
     return scores if kept is None else scores.masked_fill_(kept == 0, -torch.inf)
 
 
-def _average_over_processes(scores: torch.Tensor) -> torch.Tensor:
-    """Mean of the scores over all data-parallel processes, so that all select alike."""
+def average_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Mean over all data-parallel processes, in place, so that all choose alike."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(scores)
-        scores /= torch.distributed.get_world_size()
-    return scores
+        joined = torch.cat([t.flatten() for t in tensors])
+        torch.distributed.all_reduce(joined)
+        joined /= torch.distributed.get_world_size()
+        parts = joined.split([t.numel() for t in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))

@@ -23,6 +23,8 @@ HIDDEN = 312
 HEADS = 12
 INNER = 1200
 SETS = 3  # P, Λ, Q
+OFFSET_SCALE = 100.0  # at a hypernetwork's rate of 1e-4, Λ's offsets move by AdaLoRA's 1e-2 a step
+LAM_SCALE = 0.1  # of what is generated beside them
 MLP_WIDTHS = (256,) * 8 + (512,) * 4 + (1024,) * 3
 CNN_STAGES = ((64, 2), (128, 3), (256, 3))  # channels, residual blocks
 CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
@@ -129,6 +131,9 @@ class Hypernetwork(nn.Module):
         architecture: a key of `BODIES`.
         p_widths, q_widths: the distinct widths of either side, ascending.
         rows: R, singular directions over all layers.
+        lam_offsets: give every singular value an offset of its own. A step of the shared maps moves
+            each direction by what is good for all, give or take; Λ, which decides what the loss
+            sees of a direction, follows its own gradient instead.
         zero_output: start the output projections at zero (the output is zero at first); else at the
             scale of orthonormal rows, elements of about 1/√d_w.
     """
@@ -140,6 +145,7 @@ class Hypernetwork(nn.Module):
         q_widths: Sequence[int],
         rows: int,
         *,
+        lam_offsets: bool,
         zero_output: bool,
     ) -> None:
         super().__init__()
@@ -152,6 +158,7 @@ class Hypernetwork(nn.Module):
         self.p_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in p_widths)
         self.q_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in q_widths)
         self.lam_out = _projection(HIDDEN, 1, scale * 0.05)  # near the identity, not on it
+        self.lam_offset = nn.Parameter(torch.zeros(rows)) if lam_offsets else None
 
     def forward(
         self, factors: Packed, mask: torch.Tensor, slots: Slots, base: Packed | None = None
@@ -170,9 +177,14 @@ class Hypernetwork(nn.Module):
         )
         weights, biases = _parameters(*self.p_out, self.lam_out, *self.q_out)
         added_to = None if base is None else base.tensors()
-        return factors.like(
+        made = factors.like(
             hypernet_factors(self.body(tokens, keys), weights, biases, slots, added_to)
         )
+        if self.lam_offset is None:
+            return made
+        # Λ starts at zero: there is nothing of a base in what is scaled.
+        lam = torch.add(made.lam, self.lam_offset, alpha=OFFSET_SCALE / LAM_SCALE)
+        return made._replace(lam=LAM_SCALE * lam)
 
 
 def _parameters(*maps: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

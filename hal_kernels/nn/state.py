@@ -1,0 +1,73 @@
+"""The tensors of an adapter: what is trained, generated and saved."""
+
+import torch
+from torch import nn
+
+from ..config import HALConfig
+from .hypernet import Hypernetwork
+from .layout import Layout
+from .packed import Packed
+from .tensors import unit_rows
+
+
+class State(nn.Module):
+    """Factors of all layers with what belongs to them, hypernetworks and mask.
+
+    Factors are parameters ("direct") or buffers beside the hypernetworks that generate them.
+    """
+
+    lam: torch.Tensor
+    mask: torch.Tensor
+    hypernet: Hypernetwork | None
+
+    def __init__(self, config: HALConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def direct(self) -> bool:
+        """Whether P, Λ, Q are the parameters themselves (no hypernetwork)."""
+        return self.config.hypernet == "direct"
+
+    def make_tensors(self, layout: Layout) -> None:
+        """Register everything, with initial values of torch's generator."""
+        config, dtype = self.config, self.config.dtype
+        p = [unit_rows(group.rows, group.width, dtype) for group in layout.p.groups]
+        q = [unit_rows(group.rows, group.width, dtype) for group in layout.q.groups]
+        lam = torch.zeros(layout.rows, dtype=dtype)
+        if not self.direct and config.update == "replace":
+            lam.normal_(std=0.05)
+        initial = Packed(tuple(p), lam, tuple(q))
+        self._names = [f"p_{group.width}" for group in layout.p.groups]
+        self._names += ["lam", *(f"q_{group.width}" for group in layout.q.groups)]
+        self._count_p = len(p)
+        for name, value in zip(self._names, initial.tensors(), strict=True):
+            if self.direct:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+                if config.anchored:
+                    self.register_buffer(f"anchor_{name}", value.clone())
+            if config.allocation == "ema":
+                self.register_buffer(f"importance_{name}", torch.zeros_like(value))
+                self.register_buffer(f"uncertainty_{name}", torch.zeros_like(value))
+        self.register_buffer("mask", torch.ones(layout.rows, dtype=dtype))
+        self.hypernet = None
+        if not self.direct:
+            self.hypernet = Hypernetwork(
+                config.hypernet,
+                [g.width for g in layout.p.groups],
+                [g.width for g in layout.q.groups],
+                layout.rows,
+                lam_offsets=config.anchored and config.lam_offsets,
+                zero_output=config.update != "replace",
+            ).to(dtype)
+
+    def packed(self, prefix: str = "") -> Packed:
+        """The stored factors, or what belongs to them: "anchor_", "importance_", …"""
+        tensors = [getattr(self, f"{prefix}{name}") for name in self._names]
+        return Packed(
+            tuple(tensors[: self._count_p]),
+            tensors[self._count_p],
+            tuple(tensors[self._count_p + 1 :]),
+        )
