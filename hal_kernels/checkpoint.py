@@ -258,14 +258,17 @@ def _expect_tensors(
 
 
 def _expect_same_kind(adapter: HyperAdapter, loaded: HyperAdapter, saved: list[str]) -> None:
-    if adapter.config.hypernet != loaded.config.hypernet or (
-        set(adapter.state_dict()) != set(loaded.state_dict())
+    if (
+        adapter.config.hypernet != loaded.config.hypernet
+        or adapter.norm_first != loaded.norm_first
+        or set(adapter.state_dict()) != set(loaded.state_dict())
     ):
         raise ValueError(
             f"the checkpoint was made with hypernet={loaded.config.hypernet!r}, "
-            f"update={loaded.config.update!r}, allocation={loaded.config.allocation!r}; the model "
-            f"was patched with {adapter.config.hypernet!r}, {adapter.config.update!r}, "
-            f"{adapter.config.allocation!r}"
+            f"update={loaded.config.update!r}, allocation={loaded.config.allocation!r}, "
+            f"norm_first={loaded.config.norm_first}; the model was patched with "
+            f"{adapter.config.hypernet!r}, {adapter.config.update!r}, "
+            f"{adapter.config.allocation!r}, {adapter.config.norm_first}"
         )
     if adapter.lam.dtype != loaded.lam.dtype:
         raise ValueError(

@@ -33,6 +33,8 @@ class HALConfig:
         modules_to_save: names or endings of modules trained in full and saved with the adapter.
         hypernet: generator of the factors: "bert" (the paper's), "mlp", "cnn" (its ablation), or
             "direct": P, Λ, Q are the parameters themselves (AdaLoRA).
+        norm_first: LayerNorm before attention and before the inner layer (pre-LN) instead of after
+            each (post-LN, the paper's). Unused by all but "bert".
         update: how a hypernetwork's output becomes the factors: "anchor" adds it to the initial
             factors (starts as the identity), "replace" takes it as it is (the paper's literal
             rule), "residual" adds it to the last factors. Unused by "direct".
@@ -73,6 +75,7 @@ class HALConfig:
     exclude: str | Sequence[str] | None = None
     modules_to_save: str | Sequence[str] | None = ("classifier", "score", "qa_outputs")
     hypernet: str = "bert"
+    norm_first: bool = False
     update: str = "anchor"
     init: str | None = None
     lam_offsets: bool = True
@@ -151,8 +154,9 @@ class HALConfig:
             _expect_int("seed", self.seed, 0)
             if self.seed >= 2**63:
                 raise ValueError(f"seed is {self.seed}, expected less than 2**63")
-        if not isinstance(self.skip_nonfinite, bool):
-            raise TypeError(f"skip_nonfinite is {self.skip_nonfinite!r}, expected a bool")
+        for name in ("norm_first", "skip_nonfinite"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}, expected a bool")
         if self.dtype not in DTYPES.values():
             raise ValueError(f"dtype is {self.dtype}, expected one of {list(DTYPES.values())}")
 

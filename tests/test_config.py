@@ -11,7 +11,8 @@ from hal_kernels import HALConfig, patch_model
 
 OTHER = {
     "rank": 4, "init_rank": 7, "targets": ("query", "value"), "exclude": r".*pooler.*",
-    "modules_to_save": ("head",), "hypernet": "cnn", "update": "residual", "alpha": 16.0,
+    "modules_to_save": ("head",), "hypernet": "cnn", "norm_first": True,
+    "update": "residual", "alpha": 16.0,
     "dropout": 0.1, "gamma": 0.5, "penalty": "frobenius", "allocation": "ema",
     "schedule": "cubic", "interval": 10, "prune_per_interval": 5, "tinit": 20, "tfinal": 30,
     "total_step": 200, "beta1": 0.9, "beta2": 0.8, "dtype": torch.float64, "seed": 3,
@@ -25,7 +26,8 @@ def test_defaults():
     assert dataclasses.asdict(config) == {
         "rank": 3, "init_rank": None, "targets": "all-linear", "exclude": None,
         "modules_to_save": ("classifier", "score", "qa_outputs"), "hypernet": "bert",
-        "update": "anchor", "alpha": 8.0, "dropout": 0.0, "gamma": 0.1, "penalty": "squared",
+        "norm_first": False, "update": "anchor", "alpha": 8.0, "dropout": 0.0, "gamma": 0.1,
+        "penalty": "squared",
         "allocation": "sensitivity", "schedule": "fixed", "interval": 100,
         "prune_per_interval": None, "tinit": 0, "tfinal": 0, "total_step": None, "beta1": 0.85,
         "beta2": 0.85, "dtype": torch.float32, "seed": None, "skip_nonfinite": True,

@@ -82,6 +82,7 @@ OPTIONS = [
     ("dtype", torch.int8, ValueError, r"dtype is torch\.int8, expected one of \[torch\.float32"),
     ("dtype", "float32", ValueError, r"dtype is '?float32'?, expected one of \[torch\.float32"),
     ("dtype", None, ValueError, r"dtype is None, expected one of"),
+    ("norm_first", 1, TypeError, r"norm_first is 1, expected (a )?bool"),
     ("skip_nonfinite", "no", TypeError, r"skip_nonfinite is 'no', expected (a )?bool"),
 ]
 

@@ -20,6 +20,7 @@ from hal_kernels.nn import hypernet as nn_hypernet
 from hal_kernels.ops.hypernet_layer import hypernet_layer_reference
 
 ARCHITECTURES = ["bert", "mlp", "cnn"]
+ORDERS = [*((h, False) for h in ARCHITECTURES), ("bert", True)]  # of LayerNorm: norm_first
 UPDATES = ["anchor", "residual", "replace"]
 MAKERS = [models.net, models.bert, models.llama, models.gpt2]
 
@@ -80,12 +81,12 @@ def test_initial_factors_are_near_orthonormal(hypernet):
 # ---- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hypernet, update", [("direct", "anchor")] + [
-    (h, u) for h in ARCHITECTURES for u in UPDATES
+@pytest.mark.parametrize("hypernet, norm_first, update", [("direct", False, "anchor")] + [
+    (*o, u) for o in ORDERS for u in UPDATES
 ])  # fmt: skip
-def test_every_parameter_gets_a_gradient(hypernet, update):
+def test_every_parameter_gets_a_gradient(hypernet, norm_first, update):
     """Within two steps; the first one can't reach behind output projections that start at zero."""
-    model = patched(hypernet=hypernet, update=update, init="random")
+    model = patched(hypernet=hypernet, update=update, norm_first=norm_first, init="random")
     optimizer = adam(model)
     seen = set()
     for inputs in batches(model, 2):
@@ -149,9 +150,8 @@ def body_of(hypernet, which, tokens, mask):
     if hasattr(body, "qkv_weight"):
         weights = {n: p[which : which + 1] for n, p in body.named_parameters()}
         keys = (mask > 0)[None, None]
-        return hypernet_layer_reference(tokens[None, None], keys, weights, heads=nn_hypernet.HEADS)[
-            0, 0
-        ]
+        options = {"heads": nn_hypernet.HEADS, "norm_first": body.norm_first}
+        return hypernet_layer_reference(tokens[None, None], keys, weights, **options)[0, 0]
     net = body.sets[which]
     return net(tokens) if isinstance(net[0], nn.Linear) else net(tokens[:, None])
 
@@ -201,12 +201,12 @@ def unpacked(model, packed):
 
 
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("hypernet", ARCHITECTURES)
-def test_update_rule(hypernet, update):
+@pytest.mark.parametrize("hypernet, norm_first", ORDERS)
+def test_update_rule(hypernet, norm_first, update):
     """factors_{i+1} = H(factors_i; Φ) for every layer by itself, over steps with pruning."""
     model = patched(
         lambda: models.net(dtype=torch.float64), hypernet=hypernet, update=update,
-        dtype=torch.float64, interval=1, prune_per_interval=1,
+        norm_first=norm_first, dtype=torch.float64, interval=1, prune_per_interval=1,
     )  # fmt: skip
     optimizer = adam(model)
     for inputs in batches(model, 4):

@@ -29,11 +29,11 @@ class Deep(nn.Module):
         return x.square().mean()
 
 
-def patched(depth, hypernet, method, schedule):
+def patched(depth, hypernet, method, schedule, norm_first=False):
     cubic = {"schedule": "cubic", "total_step": 9} if schedule == "cubic" else {}
     model = hal_kernels.patch_model(
         Deep(depth), 2, init_rank=4, hypernet=hypernet, allocation=method, interval=1, seed=0,
-        **cubic,
+        norm_first=norm_first, **cubic,
     )  # fmt: skip
     step(model)
     return model
@@ -83,6 +83,17 @@ def test_counts_do_not_grow_with_depth(hypernet, method, schedule):
     assert found[48] == found[2]
     assert found[2]["advance and allocation"] > 0
     print(hypernet, method, schedule, found[2])  # pytest -s shows it
+
+
+def test_norm_first_costs_as_many_calls():
+    """The same sums, products and LayerNorms in another order, however many layers."""
+    few, many, after = (
+        counts(patched(depth, "bert", "sensitivity", "fixed", norm_first))
+        for depth, norm_first in ((2, True), (12, True), (12, False))
+    )
+    assert many == few
+    assert many["generation"] <= after["generation"]
+    assert many["backward of the generation"] <= after["backward of the generation"]
 
 
 @pytest.mark.parametrize("hypernet, depths", [("mlp", (2, 12)), ("cnn", (1, 3))])

@@ -269,8 +269,21 @@ def test_other_head(saved):
     ],
 )
 def test_other_kind_of_adapter(options, saved):
-    message = r"made with hypernet='direct', update='anchor', allocation='ema'; the model"
+    message = r"made with hypernet='direct', update='anchor', allocation='ema', norm_first=False; "
     misfit(patched(init_rank=3, **options), saved[1], message)
+
+
+def test_norm_first(tmp_path):
+    """Saved and loaded; the same tensors in the other order are another function."""
+    model = patched(hypernet="bert", norm_first=True)
+    save_adapter(model, tmp_path)
+    for target in (models.net(), patched(hypernet="bert", norm_first=True, seed=7)):
+        loaded = load_adapter(target, tmp_path)
+        assert loaded.hal.config.norm_first and loaded.hal.hypernet.body.norm_first
+        assert torch.equal(predict(loaded), predict(model))
+    misfit(
+        patched(hypernet="bert"), tmp_path, r"norm_first=True; the model was patched with .*, False"
+    )
 
 
 def test_layers_that_cannot_be_adapted(saved):

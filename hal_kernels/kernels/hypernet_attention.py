@@ -8,7 +8,7 @@ matrix may have any number of tokens. Shapes are those of `hypernet_layer`.
 import triton
 import triton.language as tl
 
-from .hypernet_blocks import product
+from .hypernet_blocks import moments, product
 
 
 @triton.jit
@@ -44,13 +44,14 @@ def scores(
 
 @triton.jit(do_not_specialize=["N", "rows"])
 def attention_kernel(
-    tokens, keys, weight, bias, qkv, attention, context,
-    N, rows, rank, scale, H: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr,
+    tokens, keys, gamma, beta, weight, bias, qkv, attention, context,
+    N, rows, rank, scale, eps, H: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """qkv = tWᵀ + b,  A = softmax(scale · q·kᵀ + keys),  c = A·v: one head of `rows` tokens.
 
+    Unless gamma and beta ([S, H]) are None, qkv = LN(t)Wᵀ + b: each head normalises the rows anew.
     A block is several matrices whose rows fit one tile of BT, or one matrix of any number of rows.
     tokens, context: [S, N, H]; keys: [S, N]; weight: [S, 3H, H]; qkv: [S, N, 3H];
     attention: [S · G · HEADS, rank, rank].
@@ -68,11 +69,18 @@ def attention_kernel(
         b_q = tl.zeros([BT, BD], dtype=tl.float32)
         b_k = tl.zeros([BT, BD], dtype=tl.float32)
         b_v = tl.zeros([BT, BD], dtype=tl.float32)
+        if gamma is not None:
+            mean, rstd = moments(p_x, row * H, m_t, H, eps, BT, BK)
         for k in tl.range(0, H, BK, disable_licm=True, num_stages=STAGES):
             o_k = k + tl.arange(0, BK)
             m_k = o_k < H
             m_x, m_w = m_t[:, None] & m_k[None, :], m_d[:, None] & m_k[None, :]
             b_x = tl.load(p_x + (row * H)[:, None] + o_k[None, :], mask=m_x, other=0.0)
+            if gamma is not None:
+                b_g = tl.load(gamma + i_s * H + o_k, mask=m_k, other=0.0).to(tl.float32)
+                b_b = tl.load(beta + i_s * H + o_k, mask=m_k, other=0.0).to(tl.float32)
+                b_n = (b_x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+                b_x = (b_n * b_g[None, :] + b_b[None, :]).to(dtype)
             p_tile = p_w + o_w[:, None] + o_k[None, :]
             b_w = tl.load(p_tile, mask=m_w, other=0.0)  # [BD, BK]
             b_q = tl.dot(b_x, tl.trans(b_w), b_q, input_precision=PRECISION)

@@ -73,6 +73,26 @@ def normed(z_0, z_1, m_0, m_1, H: tl.constexpr, eps):
 
 
 @triton.jit
+def moments(x, o_x, m_x, H: tl.constexpr, eps, BT: tl.constexpr, BK: tl.constexpr):
+    """Mean and 1/std [BT] of rows of H columns, BK at a time; o_x are the rows' offsets."""
+    mean = tl.zeros([BT], dtype=tl.float32)
+    for k in tl.range(0, H, BK, disable_licm=True):
+        o_k = k + tl.arange(0, BK)
+        m_k = m_x[:, None] & (o_k < H)[None, :]
+        b_x = tl.load(x + o_x[:, None] + o_k[None, :], mask=m_k, other=0.0).to(tl.float32)
+        mean += tl.sum(b_x, 1)
+    mean /= H
+    square = tl.zeros([BT], dtype=tl.float32)
+    for k in tl.range(0, H, BK, disable_licm=True):
+        o_k = k + tl.arange(0, BK)
+        m_k = m_x[:, None] & (o_k < H)[None, :]
+        b_x = tl.load(x + o_x[:, None] + o_k[None, :], mask=m_k, other=0.0).to(tl.float32)
+        b_x = tl.where(m_k, b_x - mean[:, None], 0.0)
+        square += tl.sum(b_x * b_x, 1)
+    return mean, tl.rsqrt(square / H + eps)
+
+
+@triton.jit
 def pair(pointer, row, o_0, o_1, m_0, m_1):
     """Two tiles of a vector of H elements, in float32."""
     b_0 = tl.load(pointer + row + o_0, mask=m_0, other=0.0).to(tl.float32)

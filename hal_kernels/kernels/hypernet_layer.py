@@ -15,9 +15,14 @@ needed whole elsewhere. H is the hidden width, D the inner one; S·N tokens of N
                dt = dz₁ + dqkv·W_qkv, dW         vendor GEMMs
                biases and affines                sums of a row of partial results a block
 
+With `norm_first` they are the same kernels: attention normalises the rows of t that it reads, the
+second writes n = LN₂(z₁), and the last z₂ = z₁ + aW₂ᵀ + b, which is the output. In the backward
+dz₂ is the upstream gradient, so that its kernel comes last instead, and gives dt from dqkv·W_qkv.
+
 The kernels of attention are in `hypernet_attention`, the others here.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -44,7 +49,7 @@ def linear_norm_kernel(
     BT: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z = residual + xWᵀ + b,  out = LN(z): BT rows of H columns.
+    """z = residual + xWᵀ + b and, unless out is None, out = LN(z): BT rows of H columns.
 
     x: [S, N, K]; weight: [S, H, K]; residual, z, out: [S, N, H]; the rest [S, H].
     """
@@ -65,16 +70,17 @@ def linear_norm_kernel(
     o_z0, o_z1 = (o_row * H)[:, None] + o_0[None, :], (o_row * H)[:, None] + o_1[None, :]
     b_0 += b_b0[None, :] + tl.load(residual + o_z0, mask=m_z0, other=0.0).to(tl.float32)
     b_1 += b_b1[None, :] + tl.load(residual + o_z1, mask=m_z1, other=0.0).to(tl.float32)
-    # What is normalised is what is saved: backward sees the same rounded rows.
     dtype = z.dtype.element_ty
     tl.store(z + o_z0, b_0.to(dtype), mask=m_z0)
     tl.store(z + o_z1, b_1.to(dtype), mask=m_z1)
-    b_0, b_1 = b_0.to(dtype).to(tl.float32), b_1.to(dtype).to(tl.float32)
-    b_0, b_1, _ = normed(b_0, b_1, m_0, m_1, H, eps)
-    b_g0, b_g1 = pair(gamma, i_s * H, o_0, o_1, m_0, m_1)
-    b_b0, b_b1 = pair(beta, i_s * H, o_0, o_1, m_0, m_1)
-    tl.store(out + o_z0, (b_0 * b_g0[None, :] + b_b0[None, :]).to(dtype), mask=m_z0)
-    tl.store(out + o_z1, (b_1 * b_g1[None, :] + b_b1[None, :]).to(dtype), mask=m_z1)
+    if out is not None:
+        # What is normalised is what is saved: backward sees the same rounded rows.
+        b_0, b_1 = b_0.to(dtype).to(tl.float32), b_1.to(dtype).to(tl.float32)
+        b_0, b_1, _ = normed(b_0, b_1, m_0, m_1, H, eps)
+        b_g0, b_g1 = pair(gamma, i_s * H, o_0, o_1, m_0, m_1)
+        b_b0, b_b1 = pair(beta, i_s * H, o_0, o_1, m_0, m_1)
+        tl.store(out + o_z0, (b_0 * b_g0[None, :] + b_b0[None, :]).to(dtype), mask=m_z0)
+        tl.store(out + o_z1, (b_1 * b_g1[None, :] + b_b1[None, :]).to(dtype), mask=m_z1)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -106,13 +112,15 @@ def linear_gelu_kernel(
 @triton.jit(do_not_specialize=["N"])
 def norm_backward_kernel(
     dx, weight, dresidual, z, gamma, beta, dz, out, sums, N, eps, K: tl.constexpr, H: tl.constexpr,
-    BT: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    FIRST: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dz = rstd·(g − mean(g) − ẑ·mean(g⊙ẑ)),  g = dy⊙γ,  dy = dresidual + dx·W: BT rows.
 
+    If the LayerNorm came FIRST, dresidual has gone past it: it adds to dz instead of to dy.
     dx: [S, N, K]; weight: [S, K, H]; K = 0 without a product. dresidual, z, dz: [S, N, H].
-    out = LN(z), unless None. sums: [S, blocks, 3H], this block's Σ dy⊙ẑ (dγ), Σ dy (dβ), Σ dz.
+    out = LN(z), unless None. sums: [S, blocks, 3H], this block's Σ dy⊙ẑ (dγ), Σ dy (dβ), Σ dz;
+    if FIRST [S, blocks, 4H], the last Σ dresidual.
     """
     i_t, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_t = i_t * BT + tl.arange(0, BT)
@@ -127,8 +135,9 @@ def norm_backward_kernel(
         dx, weight + i_s * K * H, o_row * K, o_0, o_1, m_t, m_0, m_1, H, K, BK, PRECISION,
     )  # fmt: skip
     o_z0, o_z1 = (o_row * H)[:, None] + o_0[None, :], (o_row * H)[:, None] + o_1[None, :]
-    b_dy0 += tl.load(dresidual + o_z0, mask=m_z0, other=0.0).to(tl.float32)
-    b_dy1 += tl.load(dresidual + o_z1, mask=m_z1, other=0.0).to(tl.float32)
+    if not FIRST:
+        b_dy0 += tl.load(dresidual + o_z0, mask=m_z0, other=0.0).to(tl.float32)
+        b_dy1 += tl.load(dresidual + o_z1, mask=m_z1, other=0.0).to(tl.float32)
     b_0 = tl.load(z + o_z0, mask=m_z0, other=0.0).to(tl.float32)
     b_1 = tl.load(z + o_z1, mask=m_z1, other=0.0).to(tl.float32)
     b_0, b_1, rstd = normed(b_0, b_1, m_0, m_1, H, eps)
@@ -139,7 +148,7 @@ def norm_backward_kernel(
         tl.store(out + o_z0, (b_0 * b_g0[None, :] + b_b0[None, :]).to(dtype), mask=m_z0)
         tl.store(out + o_z1, (b_1 * b_g1[None, :] + b_b1[None, :]).to(dtype), mask=m_z1)
 
-    p_sums = sums + (i_s * tl.num_programs(0) + i_t) * 3 * H
+    p_sums = sums + (i_s * tl.num_programs(0) + i_t) * (4 if FIRST else 3) * H
     tl.store(p_sums + o_0, tl.sum(b_dy0 * b_0, 0), mask=m_0)
     tl.store(p_sums + o_1, tl.sum(b_dy1 * b_1, 0), mask=m_1)
     tl.store(p_sums + H + o_0, tl.sum(b_dy0, 0), mask=m_0)
@@ -149,6 +158,12 @@ def norm_backward_kernel(
     slope = (tl.sum(b_dy0 * b_0, 1) + tl.sum(b_dy1 * b_1, 1)) / H
     b_0 = (b_dy0 - mean[:, None] - b_0 * slope[:, None]) * rstd[:, None]
     b_1 = (b_dy1 - mean[:, None] - b_1 * slope[:, None]) * rstd[:, None]
+    if FIRST:
+        b_dy0 = tl.load(dresidual + o_z0, mask=m_z0, other=0.0).to(tl.float32)
+        b_dy1 = tl.load(dresidual + o_z1, mask=m_z1, other=0.0).to(tl.float32)
+        tl.store(p_sums + 3 * H + o_0, tl.sum(b_dy0, 0), mask=m_0)
+        tl.store(p_sums + 3 * H + o_1, tl.sum(b_dy1, 0), mask=m_1)
+        b_0, b_1 = b_0 + b_dy0, b_1 + b_dy1
     tl.store(dz + o_z0, b_0.to(dtype), mask=m_z0)
     tl.store(dz + o_z1, b_1.to(dtype), mask=m_z1)
     tl.store(p_sums + 2 * H + o_0, tl.sum(b_0, 0), mask=m_0)
@@ -220,23 +235,26 @@ def forward(
     parameters: list[torch.Tensor],
     heads: int,
     eps: float,
+    norm_first: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Four launches."""
     if not _suits(tokens, parameters, heads):
         from ..ops.hypernet_layer import _forward
 
-        return _forward(tokens, keys, parameters, heads, eps)
+        return _forward(tokens, keys, parameters, heads, eps, norm_first)
     w_qkv, b_qkv, w_o, b_o, g1, s1, w1, b1, w2, b2, g2, s2 = (p.contiguous() for p in parameters)
     sets, matrices, rank, hidden = tokens.shape
     count, inner = matrices * rank, w1.shape[1]
     t = tokens.contiguous()
     qkv = t.new_empty(sets, count, 3 * hidden)
     attention = t.new_empty(sets * matrices * heads, rank, rank)
-    context, z1, n, z2 = (t.new_empty(sets, count, hidden) for _ in range(4))
+    context, z1, n = (t.new_empty(sets, count, hidden) for _ in range(3))
     f, a = (t.new_empty(sets, count, inner) for _ in range(2))
     out = t.new_empty(tokens.shape)
+    z2 = out if norm_first else torch.empty_like(z1)
+    results = (out, qkv, attention, context, z1, f, n if norm_first else z2)
     if not t.numel():
-        return out, qkv, attention, context, z1, f, z2
+        return results
 
     tiles = architecture_of(t.device).hypernet_tiles(sets * count)
     precision = dot_precision(t.dtype)
@@ -245,18 +263,19 @@ def forward(
         tile = tiles.attention
         block = _block(rank, tile.rows)
         attention_kernel[(triton.cdiv(count, block), heads, sets)](
-            t, keys.contiguous().view(torch.uint8), w_qkv, b_qkv, qkv, attention, context,
-            count, block, rank, 1.0 / math.sqrt(hidden // heads),
+            t, keys.contiguous().view(torch.uint8), *((g1, s1) if norm_first else (None, None)),
+            w_qkv, b_qkv, qkv, attention, context,
+            count, block, rank, 1.0 / math.sqrt(hidden // heads), eps,
             H=hidden, HEAD=hidden // heads, HEADS=heads, BT=tile.rows, BD=padded(hidden // heads),
-            BK=tile.depth, PRECISION=precision, STAGES=tile.num_stages,
+            BK=_depth(tile, t.dtype, norm_first), PRECISION=precision, STAGES=tile.num_stages,
             num_warps=tile.num_warps, num_stages=1,
         )  # fmt: skip
         tile = tiles.rows
         grid = (triton.cdiv(count, tile.rows), sets)
         options = {"BT": tile.rows, **whole, "BK": tile.depth, **tile.options}
         linear_norm_kernel[grid](
-            context, w_o, b_o, t, g1, s1, z1, n, count, eps, K=hidden, H=hidden,
-            PRECISION=precision, **options,
+            context, w_o, b_o, t, *((g2, s2) if norm_first else (g1, s1)), z1, n, count, eps,
+            K=hidden, H=hidden, PRECISION=precision, **options,
         )  # fmt: skip
         tile = tiles.columns
         linear_gelu_kernel[(triton.cdiv(count, tile.rows), triton.cdiv(inner, tile.columns), sets)](
@@ -264,10 +283,10 @@ def forward(
             PRECISION=precision, **tile.options,
         )  # fmt: skip
         linear_norm_kernel[grid](
-            a, w2, b2, n, g2, s2, z2, out, count, eps, K=inner, H=hidden,
-            PRECISION=precision, **options,
+            a, w2, b2, *((z1, None, None, z2, None) if norm_first else (n, g2, s2, z2, out)),
+            count, eps, K=inner, H=hidden, PRECISION=precision, **options,
         )  # fmt: skip
-    return out, qkv, attention, context, z1, f, z2
+    return results
 
 
 def backward(
@@ -277,14 +296,15 @@ def backward(
     saved: list[torch.Tensor],
     heads: int,
     eps: float,
+    norm_first: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Five launches and five vendor GEMMs."""
+    """Five launches and five vendor GEMMs, or four with `norm_first`."""
     if not _suits(tokens, parameters, heads):
         from ..ops.hypernet_layer import _backward_default
 
-        return _backward_default(dout, tokens, parameters, saved, heads, eps)
+        return _backward_default(dout, tokens, parameters, saved, heads, eps, norm_first)
     w_qkv, _, w_o, _, g1, s1, w1, _, w2, _, g2, s2 = (p.contiguous() for p in parameters)
-    qkv, attention, context, z1, f, z2 = (t.contiguous() for t in saved)
+    qkv, attention, context, z1, f, last = (t.contiguous() for t in saved)
     sets, matrices, rank, hidden = tokens.shape
     count, inner = matrices * rank, w1.shape[1]
     if not tokens.numel():
@@ -300,14 +320,18 @@ def backward(
         **tile.options,
     }  # fmt: skip
     sums = functools.partial(torch.empty, dtype=torch.float32, device=t.device)
-    norm2, norm1 = (sums(sets, grid[0], 3 * hidden) for _ in range(2))
-    dz2, dz1, n = (t.new_empty(sets, count, hidden) for _ in range(3))
+    norm2, norm1 = (sums(sets, grid[0], (3 + norm_first) * hidden) for _ in range(2))
+    dz1, normed1 = (t.new_empty(sets, count, hidden) for _ in range(2))
+    dz2 = dout.view(z1.shape) if norm_first else torch.empty_like(z1)
+    n = last if norm_first else normed1
     df, a = torch.empty_like(f), torch.empty_like(f)
     dqkv = torch.empty_like(qkv)
     with on_device_of(t):
-        norm_backward_kernel[grid](
-            dout, w2, dout, z2, g2, s2, dz2, None, norm2, count, eps, K=0, H=hidden, **options
-        )
+        if not norm_first:
+            norm_backward_kernel[grid](
+                dout, w2, dout, last, g2, s2, dz2, None, norm2, count, eps, K=0, H=hidden,
+                FIRST=False, **options,
+            )  # fmt: skip
         tile = tiles.columns
         blocks = triton.cdiv(count, tile.rows)
         up = sums(sets, blocks, inner)
@@ -316,8 +340,10 @@ def backward(
             BK=tile.depth, PRECISION=precision, **tile.options,
         )  # fmt: skip
         norm_backward_kernel[grid](
-            df, w1, dz2, z1, g1, s1, dz1, n, norm1, count, eps, K=inner, H=hidden, **options
-        )
+            df, w1, dz2, z1,
+            *((g2, s2, dz1, None, norm2) if norm_first else (g1, s1, dz1, n, norm1)),
+            count, eps, K=inner, H=hidden, FIRST=norm_first, **options,
+        )  # fmt: skip
         tile = tiles.attention
         block = _block(rank, tile.rows)
         blocks = triton.cdiv(count, block)
@@ -329,18 +355,36 @@ def backward(
             BK=tile.depth, PRECISION=precision, STAGES=tile.num_stages,
             num_warps=tile.num_warps, num_stages=1,
         )  # fmt: skip
-        dg2, ds2, db2, db1, dg1, ds1, db_o, db_qkv = _reduced(
-            [(norm2, 3), (up, 1), (norm1, 3), (heads_sums, 1)], t.dtype
-        )
+        if norm_first:
+            dt = torch.empty_like(t)
+            norm_backward_kernel[grid](
+                dqkv, w_qkv, dz1, t, g1, s1, dt, normed1, norm1, count, eps, K=3 * hidden, H=hidden,
+                FIRST=True, **options,
+            )  # fmt: skip
+            dg2, ds2, db_o, db2, db1, dg1, ds1, db_qkv = _reduced(
+                [(norm2, 4, 4), (up, 1, 1), (norm1, 4, 2), (heads_sums, 1, 1)], t.dtype
+            )
+        else:
+            dg2, ds2, db2, db1, dg1, ds1, db_o, db_qkv = _reduced(
+                [(norm2, 3, 3), (up, 1, 1), (norm1, 3, 3), (heads_sums, 1, 1)], t.dtype
+            )
         dw2, dw1 = torch.bmm(dz2.transpose(1, 2), a), torch.bmm(df.transpose(1, 2), n)
-        dw_o, dw_qkv = torch.bmm(dz1.transpose(1, 2), context), torch.bmm(dqkv.transpose(1, 2), t)
-        dt = dz1.baddbmm_(dqkv, w_qkv).view(tokens.shape)
-    return dt, [dw_qkv, db_qkv, dw_o, db_o, dg1, ds1, dw1, db1, dw2, db2, dg2, ds2]
+        dw_o = torch.bmm(dz1.transpose(1, 2), context)
+        dw_qkv = torch.bmm(dqkv.transpose(1, 2), normed1 if norm_first else t)
+        if not norm_first:
+            dt = dz1.baddbmm_(dqkv, w_qkv)
+    gradients = [dw_qkv, db_qkv, dw_o, db_o, dg1, ds1, dw1, db1, dw2, db2, dg2, ds2]
+    return dt.view(tokens.shape), gradients
 
 
-def _reduced(sums: Sequence[tuple[torch.Tensor, int]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The sums over their blocks of partial sums [S, blocks, parts · width], as [S, width] each."""
-    pieces = [(t, i, t.shape[2] // parts) for t, parts in sums for i in range(parts)]
+def _reduced(
+    sums: Sequence[tuple[torch.Tensor, int, int]], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The sums over their blocks of partial sums [S, blocks, parts · width], as [S, width] each.
+
+    With each tensor: how many parts it has, and how many of them are wanted.
+    """
+    pieces = [(t, i, t.shape[2] // parts) for t, parts, wanted in sums for i in range(wanted)]
     outputs = [t.new_empty(t.shape[0], width, dtype=dtype) for t, _, width in pieces]
     tiles = [triton.cdiv(width, 64) for _, _, width in pieces]
     reduce_kernel[(sum(tiles), outputs[0].shape[0])](
@@ -381,6 +425,12 @@ def _block(rank: int, rows: int) -> int:
     return max(1, rows // rank) * rank
 
 
+def _depth(tile: Tile, dtype: torch.dtype, norm_first: bool) -> int:
+    """Of attention's first product: rows to normalise need registers that 32 bits do not leave."""
+    halved = norm_first and dtype == torch.float32
+    return max(16, tile.depth // 2) if halved else tile.depth
+
+
 _POINTERS = (
     "tokens", "weight", "bias", "qkv", "attention", "context", "x", "residual", "gamma", "beta",
     "z", "out", "f", "a", "dx", "dresidual", "dz", "df", "dqkv",
@@ -410,12 +460,18 @@ def cases() -> Iterator[Case]:
     sizes = {"H": hidden, "D": inner, **head, **_whole_rows(hidden)}
     for gpu, dtype in itertools.product(ARCHITECTURES.values(), (torch.float32, torch.bfloat16)):
         arch = gpu.name
+        bare: dict[str, Any] = {"gamma": None, "beta": None}  # without a LayerNorm
         for tile in dict.fromkeys(tiles.attention for tiles in gpu.hypernet):
-            for kernel in (attention_kernel, attention_backward_kernel):
-                yield _case(kernel, arch, dtype, tile, stages=1, **sizes)
+            yield _case(attention_kernel, arch, dtype, tile, stages=1, **sizes, **bare)
+            first = dataclasses.replace(tile, depth=_depth(tile, dtype, True))
+            yield _case(attention_kernel, arch, dtype, first, stages=1, **sizes)
+            yield _case(attention_backward_kernel, arch, dtype, tile, stages=1, **sizes)
         for tile in dict.fromkeys(tiles.rows for tiles in gpu.hypernet):
-            for kernel in (linear_norm_kernel, norm_backward_kernel):
-                yield _case(kernel, arch, dtype, tile, **sizes, K=inner)  # the longest product
+            whole = sizes | {"K": inner}  # the longest product
+            yield _case(linear_norm_kernel, arch, dtype, tile, **whole)
+            yield _case(linear_norm_kernel, arch, dtype, tile, **whole, **bare, out=None)
+            for norm_first in (False, True):
+                yield _case(norm_backward_kernel, arch, dtype, tile, **whole, FIRST=norm_first)
         for tile in dict.fromkeys(tiles.columns for tiles in gpu.hypernet):
             for kernel in (linear_gelu_kernel, gelu_backward_kernel):
                 yield _case(kernel, arch, dtype, tile, **sizes)

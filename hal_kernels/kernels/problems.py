@@ -190,7 +190,7 @@ def hypernet_problem(
     """The hypernetworks' layer for P, Λ and Q, forward and backward."""
     from ..ops.hypernet_layer import _backward_default, _forward
 
-    sets = 3
+    sets, options = 3, (heads, 1e-12, False)
     shapes = (
         (3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,), (hidden,), (hidden,),
         (inner, hidden), (inner,), (hidden, inner), (hidden,), (hidden,), (hidden,),
@@ -205,13 +205,13 @@ def hypernet_problem(
     keys = torch.ones(tokens.shape[:3], dtype=torch.bool, device=device)
 
     def run() -> Tensors:
-        out, *saved = hypernet_layer.forward(tokens, keys, parameters, heads, 1e-12)
-        dtokens, gradients = hypernet_layer.backward(dout, tokens, parameters, saved, heads, 1e-12)
+        out, *saved = hypernet_layer.forward(tokens, keys, parameters, *options)
+        dtokens, gradients = hypernet_layer.backward(dout, tokens, parameters, saved, *options)
         return [out, dtokens, *gradients]
 
     wide = [t.double() for t in (tokens, dout, *parameters)]
-    out, *saved = _forward(wide[0], keys, wide[2:], heads, 1e-12)
-    dtokens, gradients = _backward_default(wide[1], wide[0], wide[2:], list(saved), heads, 1e-12)
+    out, *saved = _forward(wide[0], keys, wide[2:], *options)
+    dtokens, gradients = _backward_default(wide[1], wide[0], wide[2:], list(saved), *options)
     # Several roundings to `dtype` follow one another.
     bound = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     return Problem(run, lambda out: out, [out, dtokens, *gradients], bound)

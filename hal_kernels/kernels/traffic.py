@@ -177,6 +177,7 @@ class Hypernet:
     row_blocks: int = 1  # of kernels on whole rows
     column_blocks: int = 1  # blocks of rows of kernels on inner columns
     matrix_blocks: int = 1  # blocks of matrices, of attention
+    norm_first: bool = False
 
     @property
     def tokens(self) -> int:
@@ -190,29 +191,27 @@ class Hypernet:
     def attention(self) -> Traffic:
         """qkv, attention weights and context. q, k and v are read back from memory."""
         t, H = self.tokens, self.hidden
-        weights = self.sets * 3 * H * (H + 1)
+        weights = self.sets * (3 * H * (H + 1) + 2 * H * self.norm_first)
         read, written = t * H + weights + 3 * t * H, 3 * t * H + t * self.heads * self.rank + t * H
         return self._traffic(read, written, 6 * t * H * H + 4 * t * self.rank * H)
 
-    def linear_norm(self, columns: int) -> Traffic:
-        """z = residual + xWᵀ + b and LN(z), from x of so many columns."""
+    def linear_norm(self, columns: int, norm: bool = True) -> Traffic:
+        """z = residual + xWᵀ + b, from x of so many columns, and LN(z)."""
         t, H = self.tokens, self.hidden
-        read = t * (columns + H) + self.sets * H * (columns + 3)
-        return self._traffic(read, 2 * t * H, 2 * t * columns * H)
+        read = t * (columns + H) + self.sets * H * (columns + 1 + 2 * norm)
+        return self._traffic(read, (1 + norm) * t * H, 2 * t * columns * H)
 
     def linear_gelu(self) -> Traffic:
         """f = xWᵀ + b and GELU(f)."""
         t, H, D = self.tokens, self.hidden, self.inner
         return self._traffic(t * H + self.sets * D * (H + 1), 2 * t * D, 2 * t * H * D)
 
-    def norm_backward(self, columns: int) -> Traffic:
-        """dz from dLN(z), to which a product with dx of so many columns adds; then LN(z) too."""
+    def norm_backward(self, columns: int, out: bool) -> Traffic:
+        """dz from dLN(z), with a product of dx of so many columns in it; and LN(z) if `out`."""
         t, H = self.tokens, self.hidden
-        read = t * (columns + 2 * H) + self.sets * H * (columns + (2 if columns else 1))
-        written = t * H * (2 if columns else 1)
-        return self._traffic(
-            read, written, 2 * t * columns * H, self.sets * self.row_blocks * 3 * H
-        )
+        read = t * (columns + 2 * H) + self.sets * H * (columns + 1 + out)
+        sums = self.sets * self.row_blocks * (3 + self.norm_first) * H
+        return self._traffic(read, (1 + out) * t * H, 2 * t * columns * H, sums)
 
     def gelu_backward(self) -> Traffic:
         """df = dz·W ⊙ GELU′(f) and GELU(f)."""
@@ -234,22 +233,38 @@ class Hypernet:
         return Traffic(self.sets * rows * SUM, self.sets * (9 * H + D) * self.width)
 
     def gemms(self) -> Traffic:
-        """The vendor's: gradients of the four weights, and of the tokens, added to dz."""
+        """The vendor's: gradients of the weights and, unless `norm_first`, of the tokens."""
         t, H, D = self.tokens, self.hidden, self.inner
         pairs = [(H, D), (D, H), (H, H), (3 * H, H)]  # the sides of dW = dyᵀx
-        read = sum(t * (n + k) for n, k in pairs) + t * 3 * H + self.sets * 3 * H * H + t * H
-        written = sum(self.sets * n * k for n, k in pairs) + t * H
-        return self._traffic(read, written, sum(2 * t * n * k for n, k in pairs) + 6 * t * H * H)
+        weights = self._traffic(
+            sum(t * (n + k) for n, k in pairs),
+            sum(self.sets * n * k for n, k in pairs),
+            sum(2 * t * n * k for n, k in pairs),
+        )
+        tokens = self._traffic(t * 4 * H + self.sets * 3 * H * H, t * H, 6 * t * H * H)
+        return weights if self.norm_first else weights + tokens
+
+    def norms_forward(self) -> tuple[Traffic, Traffic]:
+        """The two kernels on whole rows."""
+        last = self.linear_norm(self.inner, norm=not self.norm_first)
+        return self.linear_norm(self.hidden), last
+
+    def norms_backward(self) -> tuple[Traffic, Traffic]:
+        """The same, as they follow each other."""
+        inner = self.norm_backward(self.inner, out=not self.norm_first)
+        if self.norm_first:
+            return inner, self.norm_backward(3 * self.hidden, out=True)
+        return self.norm_backward(0, out=False), inner
 
     def forward(self) -> Traffic:
         """All four kernels."""
-        norms = self.linear_norm(self.hidden) + self.linear_norm(self.inner)
-        return self.attention() + norms + self.linear_gelu()
+        first, last = self.norms_forward()
+        return self.attention() + first + self.linear_gelu() + last
 
     def backward(self) -> Traffic:
         """All five kernels, and the vendor's."""
-        norms = self.norm_backward(0) + self.norm_backward(self.inner)
-        own = norms + self.gelu_backward() + self.attention_backward() + self.reduce()
+        first, last = self.norms_backward()
+        own = first + last + self.gelu_backward() + self.attention_backward() + self.reduce()
         return own + self.gemms()
 
 

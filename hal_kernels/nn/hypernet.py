@@ -31,10 +31,17 @@ CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
 
 
 class BertBody(nn.Module):
-    """One TinyBERT layer: hidden 312, 12 heads, FFN 1200, GELU, post-LayerNorm [4.1.4]."""
+    """One TinyBERT layer: hidden 312, 12 heads, FFN 1200, GELU, post-LayerNorm [4.1.4].
 
-    def __init__(self) -> None:
+    With `norm_first` pre-LayerNorm, as torch.nn.TransformerEncoderLayer has it. A stack of such
+    layers usually ends in one more LayerNorm, against what many sums add up to. This one layer has
+    none: tokens enter at unit scale, two sums later they are still near it, and the output
+    projections, which start at zero or as small, learn the scale they are given.
+    """
+
+    def __init__(self, norm_first: bool = False) -> None:
         super().__init__()
+        self.norm_first = norm_first
         shapes = {
             "qkv": (3 * HIDDEN, HIDDEN),
             "out": (HIDDEN, HIDDEN),
@@ -50,7 +57,9 @@ class BertBody(nn.Module):
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(SETS, HIDDEN)))
 
     def forward(self, tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return hypernet_layer(tokens, keys, dict(self.named_parameters()), heads=HEADS)
+        return hypernet_layer(
+            tokens, keys, dict(self.named_parameters()), heads=HEADS, norm_first=self.norm_first
+        )
 
 
 class MLPBody(nn.Module):
@@ -136,6 +145,7 @@ class Hypernetwork(nn.Module):
             sees of a direction, follows its own gradient instead.
         zero_output: start the output projections at zero (the output is zero at first); else at the
             scale of orthonormal rows, elements of about 1/√d_w.
+        options: of the body: `norm_first` for "bert".
     """
 
     def __init__(
@@ -147,13 +157,14 @@ class Hypernetwork(nn.Module):
         *,
         lam_offsets: bool,
         zero_output: bool,
+        **options: bool,
     ) -> None:
         super().__init__()
         self.p_in = nn.ModuleList(_projection(w, HIDDEN, 1.0) for w in p_widths)
         self.q_in = nn.ModuleList(_projection(w, HIDDEN, 1.0) for w in q_widths)
         self.lam_in = _projection(1, HIDDEN, 1.0)
         self.lam_embedding = nn.Parameter(torch.randn(rows, HIDDEN))
-        self.body = BODIES[architecture]()
+        self.body = BODIES[architecture](**options)
         scale = 0.0 if zero_output else 1.0 / math.sqrt(HIDDEN)
         self.p_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in p_widths)
         self.q_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in q_widths)

@@ -61,7 +61,13 @@ class State(nn.Module):
                 layout.rows,
                 lam_offsets=config.anchored and config.lam_offsets,
                 zero_output=config.update != "replace",
+                **({"norm_first": True} if self.norm_first else {}),
             ).to(dtype)
+
+    @property
+    def norm_first(self) -> bool:
+        """Whether the hypernetwork is a pre-LayerNorm one: no other than "bert" has the choice."""
+        return self.config.norm_first and self.config.hypernet == "bert"
 
     def packed(self, prefix: str = "") -> Packed:
         """The stored factors, or what belongs to them: "anchor_", "importance_", …"""

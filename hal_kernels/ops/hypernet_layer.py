@@ -1,15 +1,22 @@
 """The hypernetwork's transformer layer over all layers' tokens at once [3.3].
 
-One BERT layer (post-LayerNorm) for S sets of weights (P, Λ, Q) on a batch axis. Tokens
-``[S, G, r, H]``: one token per singular direction; attention runs among the r tokens of one matrix.
+One BERT layer for S sets of weights (P, Λ, Q) on a batch axis. Tokens ``[S, G, r, H]``: one token
+per singular direction; attention runs among the r tokens of one matrix.
 
     qkv = tW_qkvᵀ + b     c = softmax(q·kᵀ/√d_h + keys)·v     n = LN₁(t + cW_oᵀ + b)
     f = nW₁ᵀ + b          out = LN₂(n + GELU(f)·W₂ᵀ + b)
 
+That is BERT's own order (post-LayerNorm). With ``norm_first``, as torch.nn.TransformerEncoderLayer
+calls it, each half normalises what it reads, and no LayerNorm follows the sums:
+
+    qkv = LN₁(t)W_qkvᵀ + b     z₁ = t + cW_oᵀ + b
+    f = LN₂(z₁)W₁ᵀ + b         out = z₁ + GELU(f)·W₂ᵀ + b
+
 Only directions that are kept serve as keys: a pruned token can be dropped for good (`compact`)
 without changing any kept one. A matrix with no kept direction attends to all of its tokens.
 
-The gradient is analytic; saved are qkv, the attention weights, c, both LayerNorm inputs and f.
+The gradient is analytic; saved are qkv, the attention weights, c, z₁ = t + cW_oᵀ + b, f, and last
+what LN₂ takes, or with ``norm_first`` what it gives.
 
 Backends: default (plain PyTorch, every device), cuda (`kernels.hypernet_layer`, in Triton).
 """
@@ -42,6 +49,7 @@ def hypernet_layer(
     *,
     heads: int,
     eps: float = 1e-12,
+    norm_first: bool = False,
 ) -> torch.Tensor:
     """One transformer layer, for S sets of weights and G matrices of r tokens each.
 
@@ -51,6 +59,7 @@ def hypernet_layer(
         parameters: by the names in `PARAMETERS`; weights ``[S, out, in]``, the rest ``[S, out]``.
         heads: attention heads; divides H.
         eps: of both LayerNorms.
+        norm_first: LayerNorm before attention and before the inner layer, instead of after each.
 
     Returns:
         ``[S, G, r, H]``, tokens' dtype.
@@ -83,9 +92,9 @@ def hypernet_layer(
         expect_dtype(name, parameters[name], tokens.dtype, "the dtype of tokens")
         expect_same_device("tokens", tokens, **{name: parameters[name]})
     with torch.autocast(tokens.device.type, enabled=False):
-        return _hypernet_layer(tokens, keys, [parameters[name] for name in PARAMETERS], heads, eps)[
-            0
-        ]
+        return _hypernet_layer(
+            tokens, keys, [parameters[name] for name in PARAMETERS], heads, eps, norm_first
+        )[0]
 
 
 def hypernet_layer_reference(
@@ -94,27 +103,42 @@ def hypernet_layer_reference(
     parameters: dict[str, torch.Tensor],
     heads: int,
     eps: float = 1e-12,
+    norm_first: bool = False,
 ) -> torch.Tensor:
     """The layer for one set of weights at a time, with torch.nn.functional's own pieces."""
     outputs = []
     for s in range(tokens.shape[0]):
         w = {name: parameters[name][s] for name in PARAMETERS}
-        t, hidden = tokens[s], tokens.shape[-1]
         usable = keys[s] | ~keys[s].any(-1, keepdim=True)
-        query, key, value = (
-            part.unflatten(-1, (heads, hidden // heads)).transpose(1, 2)
-            for part in F.linear(t, w["qkv_weight"], w["qkv_bias"]).chunk(3, dim=-1)
-        )
-        context = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=usable[:, None, None, :]
-        )
-        context = context.transpose(1, 2).flatten(-2)
-        t = t + F.linear(context, w["out_weight"], w["out_bias"])
-        t = F.layer_norm(t, (hidden,), w["norm1_weight"], w["norm1_bias"], eps)
-        f = F.gelu(F.linear(t, w["up_weight"], w["up_bias"]))
-        t = t + F.linear(f, w["down_weight"], w["down_bias"])
-        outputs.append(F.layer_norm(t, (hidden,), w["norm2_weight"], w["norm2_bias"], eps))
+        if norm_first:
+            t = tokens[s] + _attended(_normed(tokens[s], w, 1, eps), usable, w, heads)
+            t = t + _transformed(_normed(t, w, 2, eps), w)
+        else:
+            t = _normed(tokens[s] + _attended(tokens[s], usable, w, heads), w, 1, eps)
+            t = _normed(t + _transformed(t, w), w, 2, eps)
+        outputs.append(t)
     return torch.stack(outputs)
+
+
+def _attended(
+    t: torch.Tensor, usable: torch.Tensor, w: dict[str, torch.Tensor], heads: int
+) -> torch.Tensor:
+    query, key, value = (
+        part.unflatten(-1, (heads, t.shape[-1] // heads)).transpose(1, 2)
+        for part in F.linear(t, w["qkv_weight"], w["qkv_bias"]).chunk(3, dim=-1)
+    )
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=usable[:, None, None, :])
+    return F.linear(context.transpose(1, 2).flatten(-2), w["out_weight"], w["out_bias"])
+
+
+def _transformed(t: torch.Tensor, w: dict[str, torch.Tensor]) -> torch.Tensor:
+    f = F.gelu(F.linear(t, w["up_weight"], w["up_bias"]))
+    return F.linear(f, w["down_weight"], w["down_bias"])
+
+
+def _normed(t: torch.Tensor, w: dict[str, torch.Tensor], number: int, eps: float) -> torch.Tensor:
+    affine = w[f"norm{number}_weight"], w[f"norm{number}_bias"]
+    return F.layer_norm(t, t.shape[-1:], *affine, eps)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -172,11 +196,12 @@ def _forward(
     parameters: list[torch.Tensor],
     heads: int,
     eps: float,
+    norm_first: bool,
 ) -> tuple[torch.Tensor, ...]:
     w_qkv, b_qkv, w_o, b_o, g1, s1, w1, b1, w2, b2, g2, s2 = parameters
     sets, matrices, rank, hidden = tokens.shape
     t = tokens.reshape(sets, matrices * rank, hidden)
-    qkv = _linear(t, w_qkv, b_qkv)
+    qkv = _linear(_norm(t, g1, s1, eps)[0] if norm_first else t, w_qkv, b_qkv)
     query, key, value = (_split_heads(part, matrices, rank, heads) for part in qkv.chunk(3, dim=-1))
     scores = torch.bmm(query, key.transpose(1, 2)).mul_(1.0 / math.sqrt(hidden // heads))
     usable = keys | ~keys.any(-1, keepdim=True)
@@ -185,9 +210,11 @@ def _forward(
     attention = scores.softmax(-1)
     context = _join_heads(torch.bmm(attention, value), sets, matrices, rank, heads)
     z1 = t + _linear(context, w_o, b_o)
-    n = _norm(z1, g1, s1, eps)[0]
+    n = _norm(z1, *((g2, s2) if norm_first else (g1, s1)), eps)[0]
     f = _linear(n, w1, b1)
-    z2 = n + _linear(F.gelu(f), w2, b2)
+    z2 = (z1 if norm_first else n) + _linear(F.gelu(f), w2, b2)
+    if norm_first:
+        return z2.view(tokens.shape), qkv, attention, context, z1, f, n
     out = _norm(z2, g2, s2, eps)[0]
     return out.view(tokens.shape), qkv, attention, context, z1, f, z2
 
@@ -198,6 +225,7 @@ def _forward_fake(
     parameters: list[torch.Tensor],
     heads: int,
     eps: float,
+    norm_first: bool,
 ) -> tuple[torch.Tensor, ...]:
     sets, matrices, rank, hidden = tokens.shape
     count = matrices * rank
@@ -218,19 +246,29 @@ def _backward_default(
     saved: list[torch.Tensor],
     heads: int,
     eps: float,
+    norm_first: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     w_qkv, _, w_o, _, g1, s1, w1, _, w2, _, g2, s2 = parameters
-    qkv, attention, context, z1, f, z2 = saved
+    qkv, attention, context, z1, f, last = saved
     sets, matrices, rank, hidden = tokens.shape
     t = tokens.reshape(sets, matrices * rank, hidden)
-    n, normed1, mean1, rstd1 = _norm(z1, g1, s1, eps)
-    _, normed2, mean2, rstd2 = _norm(z2, g2, s2, eps)
+    dout = dout.reshape(t.shape)
+    if norm_first:
+        dz2, n = dout, last
+        norm1, norm2 = _norm(t, g1, s1, eps), _norm(z1, g2, s2, eps)
+    else:
+        norm1, norm2 = _norm(z1, g1, s1, eps), _norm(last, g2, s2, eps)
+        dz2, dg2, ds2 = _norm_backward(dout, last, *norm2[1:], g2)
+        n = norm1[0]
 
-    dz2, dg2, ds2 = _norm_backward(dout.reshape(t.shape), z2, normed2, mean2, rstd2, g2)
     df, dw2, db2 = _linear_backward(dz2, F.gelu(f), w2)
     df = torch.ops.aten.gelu_backward(df, f)
     dn, dw1, db1 = _linear_backward(df, n, w1)
-    dz1, dg1, ds1 = _norm_backward(dn + dz2, z1, normed1, mean1, rstd1, g1)
+    if norm_first:
+        dz1, dg2, ds2 = _norm_backward(dn, z1, *norm2[1:], g2)
+        dz1 = dz1 + dz2
+    else:
+        dz1, dg1, ds1 = _norm_backward(dn + dz2, z1, *norm1[1:], g1)
     dcontext, dw_o, db_o = _linear_backward(dz1, context, w_o)
 
     query, key, value = (_split_heads(part, matrices, rank, heads) for part in qkv.chunk(3, dim=-1))
@@ -244,7 +282,9 @@ def _backward_default(
     dqkv = torch.cat(
         [_join_heads(part, sets, matrices, rank, heads) for part in (dquery, dkey, dvalue)], -1
     )
-    dt, dw_qkv, db_qkv = _linear_backward(dqkv, t, w_qkv)
+    dt, dw_qkv, db_qkv = _linear_backward(dqkv, norm1[0] if norm_first else t, w_qkv)
+    if norm_first:
+        dt, dg1, ds1 = _norm_backward(dt, t, *norm1[1:], g1)
     gradients = [dw_qkv, db_qkv, dw_o, db_o, dg1, ds1, dw1, db1, dw2, db2, dg2, ds2]
     return (dt + dz1).view(tokens.shape), gradients
 
@@ -256,12 +296,13 @@ def _backward_fake(
     saved: list[torch.Tensor],
     heads: int,
     eps: float,
+    norm_first: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return tokens.new_empty(tokens.shape), [w.new_empty(w.shape) for w in parameters]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    tokens, _, parameters, ctx.heads, ctx.eps = inputs
+    tokens, _, parameters, *ctx.options = inputs  # heads, eps, norm_first
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(tokens, *parameters, *output[1:])
 
@@ -270,9 +311,9 @@ def _autograd_backward(ctx: Any, dout: torch.Tensor, *_: torch.Tensor) -> tuple[
     tokens, *rest = ctx.saved_tensors
     count = len(PARAMETERS)
     dtokens, dparameters = _hypernet_layer_backward(
-        dout, tokens, rest[:count], rest[count:], ctx.heads, ctx.eps
+        dout, tokens, rest[:count], rest[count:], *ctx.options
     )
-    return dtokens, None, list(dparameters), None, None
+    return dtokens, None, list(dparameters), None, None, None
 
 
 def _forward_cuda(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -288,8 +329,8 @@ def _backward_cuda(*args: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 _hypernet_layer = define(
-    "hypernet_layer(Tensor tokens, Tensor keys, Tensor[] parameters, int heads, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "hypernet_layer(Tensor tokens, Tensor keys, Tensor[] parameters, int heads, float eps,"
+    " bool norm_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     default=_forward,
     cuda=_forward_cuda,
     fake=_forward_fake,
@@ -299,7 +340,7 @@ _hypernet_layer = define(
 )
 _hypernet_layer_backward = define(
     "hypernet_layer_backward(Tensor dout, Tensor tokens, Tensor[] parameters, Tensor[] saved,"
-    " int heads, float eps) -> (Tensor, Tensor[])",
+    " int heads, float eps, bool norm_first) -> (Tensor, Tensor[])",
     default=_backward_default,
     cuda=_backward_cuda,
     fake=_backward_fake,

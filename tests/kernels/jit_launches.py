@@ -94,8 +94,10 @@ def hypernet(sets, matrices, rank, hidden, inner, heads):
     parameters = [torch.randn(sets, *shape) for shape in shapes]
     tokens = torch.randn(sets, matrices, rank, H)
     keys = torch.ones(sets, matrices, rank, dtype=torch.bool)
-    out, *saved = hypernet_layer.forward(tokens, keys, parameters, heads, 1e-5)
-    hypernet_layer.backward(out, tokens, parameters, saved, heads, 1e-5)
+    for norm_first in (False, True):
+        options = (heads, 1e-5, norm_first)
+        out, *saved = hypernet_layer.forward(tokens, keys, parameters, *options)
+        hypernet_layer.backward(out, tokens, parameters, saved, *options)
 
 
 def allocation(*sizes):

@@ -192,28 +192,27 @@ def test_bytes_of_the_penalty(dtype):
 
 
 @interpreted
-def test_bytes_of_the_hypernetwork_layer():
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_bytes_of_the_hypernetwork_layer(norm_first):
     dtype = torch.bfloat16
     sizes = traffic.Hypernet(
-        2, 13, 3, 12, 20, 3, dtype.itemsize, row_blocks=3, column_blocks=2, matrix_blocks=2
-    )
+        2, 13, 3, 12, 20, 3, dtype.itemsize, row_blocks=3, column_blocks=2, matrix_blocks=2,
+        norm_first=norm_first,
+    )  # fmt: skip
     tokens, parameters = layer_inputs(
         sizes.sets, sizes.matrices, sizes.rank, sizes.hidden, sizes.inner, dtype
     )
     keys = torch.ones(tokens.shape[:3], dtype=torch.bool)
-    forward = hypernet_layer.forward(tokens, keys, parameters, sizes.heads, 1e-5)
-    found = measured(lambda: hypernet_layer.forward(tokens, keys, parameters, sizes.heads, 1e-5))
-    norms = [sizes.linear_norm(n) for n in (sizes.hidden, sizes.inner)]
-    assert found == moved(sizes.attention(), norms[0], sizes.linear_gelu(), norms[1])
-    found = measured(
-        lambda: hypernet_layer.backward(
-            tokens, tokens, parameters, list(forward[1:]), sizes.heads, 1e-5
-        )
-    )
-    norms = [sizes.norm_backward(n) for n in (0, sizes.inner)]
-    assert found == moved(
-        norms[0], sizes.gelu_backward(), norms[1], sizes.attention_backward(), sizes.reduce()
-    )
+    options = (sizes.heads, 1e-5, norm_first)
+    _, *saved = hypernet_layer.forward(tokens, keys, parameters, *options)
+    found = measured(lambda: hypernet_layer.forward(tokens, keys, parameters, *options))
+    first, last = sizes.norms_forward()
+    assert found == moved(sizes.attention(), first, sizes.linear_gelu(), last)
+    found = measured(lambda: hypernet_layer.backward(tokens, tokens, parameters, saved, *options))
+    first, last = sizes.norms_backward()
+    own = [sizes.gelu_backward(), last, sizes.attention_backward(), sizes.reduce()]
+    own = [first, *own] if not norm_first else [own[0], first, own[2], last, own[3]]
+    assert found == moved(*own)
 
 
 @interpreted
@@ -251,11 +250,14 @@ def test_flops():
     assert found == traffic.penalty_residual(3, 5, 40).flops
     found = flops_of(lambda: penalty_op._backward_default(torch.ones(()), [rows], residuals, *rest))
     assert found == traffic.penalty_gradient(3, 5, 40).flops
-    sizes = traffic.Hypernet(2, 5, 3, 12, 20, 3)
     tokens, parameters = layer_inputs(2, 5, 3, 12, 20, torch.float32)
     keys = torch.ones(tokens.shape[:3], dtype=torch.bool)
-    _, *saved = layer_op._forward(tokens, keys, parameters, 3, 1e-5)
-    found = flops_of(lambda: layer_op._forward(tokens, keys, parameters, 3, 1e-5))
-    assert found == sizes.forward().flops
-    found = flops_of(lambda: layer_op._backward_default(tokens, tokens, parameters, saved, 3, 1e-5))
-    assert found == sizes.backward().flops
+    for norm_first in (False, True):
+        sizes = traffic.Hypernet(2, 5, 3, 12, 20, 3, norm_first=norm_first)
+        more = (3, 1e-5, norm_first)
+        _, *saved = layer_op._forward(tokens, keys, parameters, *more)
+        found = flops_of(lambda: layer_op._forward(tokens, keys, parameters, *more))  # noqa: B023
+        assert found == sizes.forward().flops
+        inputs = (tokens, tokens, parameters, saved, *more)
+        found = flops_of(lambda: layer_op._backward_default(*inputs))  # noqa: B023
+        assert found == sizes.backward().flops
