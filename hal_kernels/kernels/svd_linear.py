@@ -114,7 +114,7 @@ def forward(
         return _forward(x, weight, bias, p, lam, q, scaling, dropout, seed)
     p, lam, q = factors_of(p, lam, q)
     bias = None if bias is None else bias.contiguous()
-    rows, gpu = rows_of(x), architecture_of(x.device)
+    rows = rows_of(x)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])  # a view may not be written to in place
     y, tile = flat(out), None
     if path in (None, "fused"):
@@ -122,17 +122,32 @@ def forward(
     if tile is not None:
         h = x.new_empty(rows.shape[0], p.shape[0], dtype=torch.float32)
         fused_(y, h, rows, weight, bias, p, lam, q, scaling, dropout, seed, tile)
-    elif path == "prepare" or (path is None and gpu.prepare):
-        parts = shrink(rows, p, dropout, seed)
-        h = total_of(parts)
-        expand_(y, parts, lam, q, scaling, h_sum=h, bias=bias)
-        y.addmm_(rows, weight.t())
     else:
-        torch.mm(rows, weight.t(), out=y)
         parts = shrink(rows, p, dropout, seed)
         h = total_of(parts)
-        expand_(y, parts, lam, q, scaling, h_sum=h, bias=bias, base=y)
+        prepare = path == "prepare" or (path is None and architecture_of(x.device).prepare)
+        linear_(y, rows, weight, bias, parts, h, lam, q, scaling, prepare)
     return out, h
+
+
+def linear_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    parts: torch.Tensor,
+    h: torch.Tensor,
+    lam: torch.Tensor,
+    q: torch.Tensor,
+    scaling: float,
+    prepare: bool,
+) -> None:
+    """Writes y ``[T, d_out]`` by "prepare" or "add", from partial sums of h, and h for the sum."""
+    if not prepare:
+        torch.mm(x, weight.t(), out=y)
+    expand_(y, parts, lam, q, scaling, h_sum=h, bias=bias, base=None if prepare else y)
+    if prepare:
+        y.addmm_(x, weight.t())
 
 
 def tile_of_fused(

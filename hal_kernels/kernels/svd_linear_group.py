@@ -35,7 +35,7 @@ from .svd_adapter import (
     supported,
     total_of,
 )
-from .svd_linear import fused_, tile_of_fused
+from .svd_linear import fused_, linear_, tile_of_fused
 
 
 def _supported(x: torch.Tensor, p: Sequence[torch.Tensor], q: Sequence[torch.Tensor]) -> bool:
@@ -78,13 +78,7 @@ def forward(
     columns = zip(parts.split(ranks, 2), h.split(ranks, 1), strict=True)
     layers = zip(outputs, weight, biases, factors, columns, strict=True)
     for out, w, b, (_, own_lam, own_q), (own_parts, own_h) in layers:
-        y = flat(out)
-        if not prepare:
-            torch.mm(rows, w.t(), out=y)
-        base = None if prepare else y
-        expand_(y, own_parts, own_lam, own_q, scaling, h_sum=own_h, bias=b, base=base)
-        if prepare:
-            y.addmm_(rows, w.t())
+        linear_(flat(out), rows, w, b, own_parts, own_h, own_lam, own_q, scaling, prepare)
     return outputs, h
 
 
@@ -101,8 +95,7 @@ def backward(
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """(dx, dP of all layers, dΛ of all layers, dQ of each): `hal::svd_linear_group_backward`."""
-    used = [g is not None for g in dy]
-    if not _supported(x, p, q) or not any(used):
+    if not _supported(x, p, q) or all(g is None for g in dy):
         return _backward_default(dy, x, h, weight, p, lam, q, scaling, needs_dx, needs_factors)
     rows, h = rows_of(x), h.contiguous()
     upstream = [None if g is None else rows_of(g) for g in dy]
