@@ -25,15 +25,13 @@ from rich.table import Table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hal_kernels
 from hal_kernels.kernels import configs
 from hal_kernels.nn.tensors import finite_norm
 from hal_kernels.ops._library import TRITON
 
 from .common import append_row, parser
+from .methods import METHODS, build
 
-METHODS = ("frozen", "floor", "lora", "adalora", "hal-direct", "hal-hyper")
-RANK, INIT_RANK = 3, 5
 BUDGET = {
     "adapter forward, a layer": 2,
     "adapter backward, a layer": 3,
@@ -113,7 +111,7 @@ def roberta(layers: int) -> nn.Module:
 
 
 def llama(layers: int) -> nn.Module:
-    """A Llama of a tenth of 3.2-1B's depth: grouped queries, gated MLP, no biases."""
+    """A Llama with the widths of 3.2-1B, cut to a few layers: grouped queries, gated MLP."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     config = LlamaConfig(
@@ -144,45 +142,12 @@ SHAPES = {
 }
 
 
-def method(name: str, shape: Shape, layers: int) -> nn.Module:
-    """One method around a model of `layers` blocks, in training mode."""
-    torch.manual_seed(0)
-    model = shape.build(layers)
-    model.requires_grad_(False)
-    if name in ("frozen", "floor"):
-        model.get_submodule(shape.head).requires_grad_(True)
-        if name == "floor":
-            embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-            embeddings.register_forward_hook(lambda m, args, output: output.requires_grad_(True))
-    elif name in ("lora", "adalora"):
-        from peft import AdaLoraConfig, LoraConfig, get_peft_model
-
-        common: dict[str, Any] = {
-            "lora_alpha": 8, "target_modules": shape.targets,
-            "task_type": "SEQ_CLS",  # without one PEFT leaves its penalty out
-        }  # fmt: skip
-        config = LoraConfig(r=RANK, **common) if name == "lora" else AdaLoraConfig(
-            init_r=INIT_RANK, target_r=RANK, orth_reg_weight=0.1, deltaT=1, tinit=0, tfinal=1,
-            total_step=100, **common,
-        )  # fmt: skip
-        model = get_peft_model(model, config)  # type: ignore[arg-type, assignment]
-    else:
-        options: dict[str, Any] = {"hypernet": "bert", "schedule": "fixed"}
-        if name == "hal-direct":  # AdaLoRA's own method
-            options = {
-                "hypernet": "direct", "penalty": "frobenius", "allocation": "ema",
-                "schedule": "cubic", "total_step": 100, "tfinal": 1,
-            }  # fmt: skip
-        hal_kernels.patch_model(
-            model, RANK, init_rank=INIT_RANK, targets=shape.targets, interval=1, seed=0,
-            modules_to_save=(shape.head,), **options,
-        )  # fmt: skip
-    return model.train()
-
-
 def phases(name: str, shape: Shape, layers: int, batch: int, length: int) -> dict[str, Launches]:
     """Launches of each phase of a step."""
-    model: Any = method(name, shape, layers)
+    torch.manual_seed(0)
+    model: Any = build(
+        name, shape.build(layers), shape.targets, shape.head, interval=1, total_step=100, tfinal=1
+    ).train()
     rows = {"input_ids": torch.randint(5, 900, (batch, length))}
     labels = torch.zeros(batch, dtype=torch.int64)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -234,9 +199,8 @@ def parts(found: dict[str, dict[str, Launches]], name: str, adapted: int) -> dic
         generation = own.get(f"generation {side}", nothing).total
         plain = own[f"plain {side}"].total - base[f"plain {side}"].total - generation
         out[f"adapter {side}, a layer"] = plain / adapted
-        extra = own[side] if name != "lora" else own[f"plain {side}"]
-        whole = extra.total - own[f"plain {side}"].total
-        whole -= (base[side].total - base[f"plain {side}"].total) if name != "lora" else 0
+        whole = own[side].total - own[f"plain {side}"].total
+        whole -= base[side].total - base[f"plain {side}"].total
         kernels = sum(n for kernel, n in own[side].counts.items() if "penalty" in kernel)
         if name.startswith("hal"):
             out[f"penalty {side}"] = kernels

@@ -41,64 +41,68 @@ def batch_of(rows: int, length: int, device: torch.device) -> dict[str, torch.Te
     return {"input_ids": ids.to(device), "labels": labels.to(device)}
 
 
+def build(
+    name: str,
+    model: nn.Module,
+    targets: str,
+    head: str,
+    *,
+    interval: int = INTERVAL,
+    total_step: int = TOTAL_STEPS,
+    tfinal: int = TOTAL_STEPS // 10,
+) -> nn.Module:
+    """`model` adapted by the method `name`, which also trains the module `head`."""
+    model.requires_grad_(False)
+    if name in ("frozen", "floor"):
+        model.get_submodule(head).requires_grad_(True)
+        if name == "floor":
+            embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+            embeddings.register_forward_hook(lambda m, args, output: output.requires_grad_(True))
+        return model
+    if name in ("lora", "adalora"):
+        from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
+        common: dict[str, Any] = {
+            "lora_alpha": 8, "target_modules": targets,
+            "task_type": "SEQ_CLS",  # without one PEFT leaves its penalty out
+        }  # fmt: skip
+        config = LoraConfig(r=RANK, **common) if name == "lora" else AdaLoraConfig(
+            init_r=INIT_RANK, target_r=RANK, orth_reg_weight=0.1, deltaT=interval, tinit=0,
+            tfinal=tfinal, total_step=total_step, **common,
+        )  # fmt: skip
+        return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+    options: dict[str, Any] = {"hypernet": "bert", "schedule": "fixed"}
+    if name == "hal-direct":  # AdaLoRA's own method
+        options = {
+            "hypernet": "direct", "penalty": "frobenius", "allocation": "ema",
+            "schedule": "cubic", "total_step": total_step, "tfinal": tfinal,
+        }  # fmt: skip
+    return hal_kernels.patch_model(
+        model, RANK, init_rank=INIT_RANK, targets=targets, modules_to_save=(head,),
+        interval=interval, seed=0, **options,
+    )  # fmt: skip
+
+
 class Method:
     """One method around its own copy of the model."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.clock, self.steps = name, Clock(), 0
         self.last_penalty = torch.zeros(())
-        model = roberta_base().to(device)
+        model: Any = build(name, roberta_base(), TARGETS, "classifier").to(device)
         self.allocate: Callable[[], None] | None = None
-        if name in ("frozen", "floor"):
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-            model.classifier.requires_grad_(True)  # type: ignore[operator, union-attr]
-            if name == "floor":
-                model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
-                    lambda module, args, output: output.requires_grad_(True)
-                )
-        elif name == "lora":
-            model = self._peft_lora(model)
-        elif name == "adalora":
-            model = self._peft_adalora(model)
-        else:
-            self._patch(model)
-        self.model = model.train()
+        if name == "adalora":
+            tuner = model.base_model
+            tuner.model.forward = self.clock.wrap("inner forward", tuner.model.forward)
+            self.allocate = lambda: tuner.update_and_allocate(self.steps)
+        elif name.startswith("hal"):
+            self._time_phases(model.hal)
+        self.model: nn.Module = model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         self.trained_parameters = sum(p.numel() for p in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
-    def _peft_lora(self, model: nn.Module) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=RANK, lora_alpha=8, target_modules=TARGETS, task_type="SEQ_CLS")
-        return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
-
-    def _peft_adalora(self, model: nn.Module) -> nn.Module:
-        from peft import AdaLoraConfig, get_peft_model
-
-        config = AdaLoraConfig(  # without a task type PEFT leaves its penalty out
-            init_r=INIT_RANK, target_r=RANK, lora_alpha=8, target_modules=TARGETS,
-            task_type="SEQ_CLS", orth_reg_weight=0.1, deltaT=INTERVAL,
-            tinit=0, tfinal=TOTAL_STEPS // 10, total_step=TOTAL_STEPS,
-        )  # fmt: skip
-        adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
-        tuner = adapted.base_model
-        tuner.model.forward = self.clock.wrap("inner forward", tuner.model.forward)
-        self.allocate = lambda: tuner.update_and_allocate(self.steps)
-        return adapted  # type: ignore[no-any-return]
-
-    def _patch(self, model: nn.Module) -> None:
-        options: dict[str, Any] = {"hypernet": "bert", "schedule": "fixed"}
-        if self.name == "hal-direct":  # AdaLoRA's own method
-            options = {
-                "hypernet": "direct", "penalty": "frobenius", "allocation": "ema",
-                "schedule": "cubic", "total_step": TOTAL_STEPS, "tfinal": TOTAL_STEPS // 10,
-            }  # fmt: skip
-        hal_kernels.patch_model(
-            model, RANK, init_rank=INIT_RANK, targets=TARGETS, interval=INTERVAL, seed=0, **options
-        )
-        adapter: Any = model.hal
+    def _time_phases(self, adapter: Any) -> None:
         loss_term = adapter.loss_term
 
         def remembered(**kwargs: Any) -> torch.Tensor:
