@@ -1,6 +1,6 @@
 """Measure the kernels' tiles on this machine's GPU, and remember the best ones.
 
-    python -m hal_kernels.tune [--only svd.16 ...] [--output FILE] [--dry-run]
+    python -m hal_kernels.tune [--only svd.16 ...] [--quick] [--output FILE] [--dry-run]
 
 From each shipped tile the search goes on to whichever neighbour is fastest (one side halved or
 doubled, one stage more or less) until none is. What does not compile or is wrong is left out. The
@@ -9,8 +9,9 @@ result is a JSON file that later processes read when they launch their first ker
 ``~/.cache/hal_kernels/tuned-<device>-<version>.json``, or what $HAL_KERNELS_TUNED names (see
 `hal_kernels.kernels.tuned`). Training itself never measures anything.
 
-A search of everything takes about an hour, and goes on from what an earlier one has found. Without
-a GPU there is nothing to measure: ``--dry-run`` lists what would be tried first.
+A search of everything takes long; it keeps what it has found at each tile, and a later one goes on
+from there. ``--quick`` takes one step from each tile and no more. Without a GPU there is nothing to
+measure: ``--dry-run`` lists what would be tried first.
 """
 
 import argparse
@@ -47,9 +48,13 @@ def neighbours(name: str, tile: "Tile") -> list["Tile"]:
 
 
 def search(
-    name: str, tile: "Tile", cost: Callable[["Tile"], tuple[float, str]], report: Callable[..., Any]
+    name: str,
+    tile: "Tile",
+    cost: Callable[["Tile"], tuple[float, str]],
+    report: Callable[..., Any],
+    steps: float = math.inf,
 ) -> tuple["Tile", float, float]:
-    """(best tile, its cost, the cost of `tile`), by steps to the best neighbour."""
+    """(best tile, its cost, the cost of `tile`), by so many steps to the best neighbour at most."""
     costs: dict[Tile, float] = {}
 
     def of(candidate: "Tile") -> float:
@@ -59,11 +64,12 @@ def search(
         return costs[candidate]
 
     best, started = tile, of(tile)
-    while True:
+    while steps > 0:
         step = min(neighbours(name, best), key=of)
         if not of(step) < of(best):
-            return best, of(best), started
-        best = step
+            break
+        best, steps = step, steps - 1
+    return best, of(best), started
 
 
 def _text(tile: "Tile") -> str:
@@ -124,6 +130,7 @@ def tune(
     bench: Bench,
     sizes: "Sizes",
     report: Callable[..., Any] = print,
+    steps: float = math.inf,
 ) -> Iterator[tuple[str, "Tile"]]:
     """The best tile of each kind that `only` selects, one after the other."""
     from .kernels.problems import problems, seconds_per
@@ -132,7 +139,7 @@ def tune(
         report(name)
         cases: list[Problem] = list(problems(name, device, sizes))
         best, cost, before = search(
-            name, tile, lambda t: seconds_per(gpu, name, t, cases, bench), report  # noqa: B023
+            name, tile, lambda t: seconds_per(gpu, name, t, cases, bench), report, steps  # noqa: B023
         )  # fmt: skip
         if math.isfinite(cost):
             report(f"  best: {_text(best)}, {before / cost:.2f} times as fast as before")
@@ -164,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Measure the kernels' tiles on this machine's GPU and remember the best ones.",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="svd.16, penalty, …")
+    parser.add_argument("--quick", action="store_true", help="one step from each tile at most")
     parser.add_argument("--output", type=Path, help="the file, in place of the one that is read")
     parser.add_argument("--dry-run", action="store_true", help="list what would be tried first")
     options = parser.parse_args(arguments)
@@ -207,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = dataclasses.replace(before, **rates)
     tiles = tuned.tiles_of(before)
     tuned.save(path, gpu, name, tiles, rates)
-    for tile_name, tile in tune(gpu, device, options.only, _bench, Sizes()):
+    steps = 1 if options.quick else math.inf
+    for tile_name, tile in tune(gpu, device, options.only, _bench, Sizes(), steps=steps):
         tiles[tile_name] = tile
         tuned.save(path, gpu, name, tiles, rates)  # at each one: an interrupted search is not lost
     print(f"written to {path}")

@@ -68,6 +68,15 @@ class HypernetTiles:
     columns: Tile  # of the inner columns
 
 
+@dataclasses.dataclass(frozen=True)
+class SlotTiles:
+    """Tiles between packed factors and tokens: slots × columns of H, depth along a width."""
+
+    tokens: Tile  # slots × H, summed over a width
+    factors: Tile  # slots × a width, summed over H
+    weights: Tile  # H × a width, summed over slots
+
+
 _PENALTY = {
     16: PenaltyTiles(Tile(16, 64, 2, 4), Tile(16, 128, 4, 1, 16)),
     32: PenaltyTiles(Tile(32, 64, 4, 3), Tile(32, 64, 4, 1, 32)),
@@ -86,6 +95,15 @@ _HYPERNET_AMD = (
     HypernetTiles(Tile(32, 0, 4, 1, 32), Tile(16, 0, 4, 1, 32), Tile(32, 64, 4, 1, 32)),
     HypernetTiles(Tile(32, 0, 4, 1, 32), Tile(16, 0, 4, 1, 32), Tile(64, 64, 4, 1, 32)),
 )
+# For few slots and for many: a small tile leaves more programs. They fit every GPU's shared memory.
+_SLOTS = (
+    SlotTiles(Tile(16, 32, 4, 4, 64), Tile(32, 32, 4, 3, 32), Tile(32, 64, 4, 3, 64)),
+    SlotTiles(Tile(64, 64, 8, 3, 32), Tile(64, 32, 8, 3, 64), Tile(16, 64, 8, 4, 128)),
+)
+_SLOTS_AMD = (
+    SlotTiles(Tile(16, 32, 4, 1, 64), Tile(32, 32, 4, 1, 32), Tile(32, 64, 4, 1, 64)),
+    SlotTiles(Tile(64, 64, 4, 1, 32), Tile(64, 32, 4, 1, 64), Tile(32, 64, 4, 1, 64)),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,6 +119,7 @@ class Architecture:
     svd: Mapping[int, SVDTiles]  # by the highest rank of each class
     penalty: Mapping[int, PenaltyTiles] = dataclasses.field(default_factory=lambda: _PENALTY)
     hypernet: tuple[HypernetTiles, HypernetTiles] = _HYPERNET  # for few tokens, for many
+    slots: tuple[SlotTiles, SlotTiles] = _SLOTS  # likewise
     launch_us: float = 5.0  # what one more launch costs a step, host and device together
     gemm_slowdown: float = 1.2  # of a Triton GEMM over the vendor's
     prepare: bool = True  # the base GEMM adds to the adapter's output; False: the other way round
@@ -122,6 +141,11 @@ class Architecture:
         """The hypernetwork layer's tiles: large ones where enough programs are left."""
         few, many = self.hypernet
         return many if tokens >= 2 * many.rows.rows * self.multiprocessors else few
+
+    def slot_tiles(self, slots: int) -> SlotTiles:
+        """The tiles between factors and tokens: large ones where enough programs are left."""
+        few, many = self.slots
+        return many if slots >= 32 * self.multiprocessors else few
 
     def column_parts_of(self, row_blocks: int, d: int, columns: int) -> int:
         """Parts of d columns, in tiles of `columns`, so that blocks × parts fill the GPU once."""
@@ -208,7 +232,9 @@ SM_90 = Architecture("sm_90", 132, 232448, 4.3e6, 7e6, 790e6, _HOPPER)
 SM_100 = Architecture(
     "sm_100", 148, 232448, 6.5e6, 10e6, 1600e6, _HOPPER, hypernet=_HYPERNET_SM_100
 )
-GFX942 = Architecture("gfx942", 304, 65536, 4.0e6, 8e6, 600e6, _SMALL, hypernet=_HYPERNET_AMD)
+GFX942 = Architecture(
+    "gfx942", 304, 65536, 4.0e6, 8e6, 600e6, _SMALL, hypernet=_HYPERNET_AMD, slots=_SLOTS_AMD
+)
 
 ARCHITECTURES = {a.name: a for a in (DEFAULT, SM_80, SM_89, SM_90, SM_100, GFX942)}
 

@@ -197,8 +197,8 @@ def forward(
     factors[len(sizes_p)] = factors[len(sizes_p)].flatten()
     *widths, _ = entries.ordered([w.shape[0] for w in weights])
     tile = tiles_for(tokens.device, tokens.shape).factors
-    rows = entries.tiles(tile[0])
-    tiles = [n * triton.cdiv(width, tile[2]) for n, width in zip(rows, [*widths, 1], strict=True)]
+    columns = [triton.cdiv(width, tile.depth) for width in (*widths, 1)]
+    tiles = [n * c for n, c in zip(entries.tiles(tile.rows), columns, strict=True)]
     if sum(tiles):
         with on_device_of(tokens):
             _factors_kernel[(sum(tiles),)](
@@ -234,15 +234,15 @@ def backward(
     sizes = tiles_for(tokens.device, tokens.shape)
     with on_device_of(tokens):
         tile = sizes.tokens
-        tiles = entries.tiles(tile[0])
+        tiles = entries.tiles(tile.rows)
         if sum(tiles):
-            _token_gradient_kernel[(sum(tiles), triton.cdiv(hidden, tile[1]))](
+            _token_gradient_kernel[(sum(tiles), triton.cdiv(hidden, tile.columns))](
                 *several, *entries.maps(weights), dtokens, starts_of(tiles), tuple(widths),
                 H=hidden, **arguments, **options(tile, tokens.dtype),
             )  # fmt: skip
         tile = sizes.weights
-        tiles = [triton.cdiv(width, tile[2]) for width in (*widths, 1)]
-        _weight_gradient_kernel[(sum(tiles), triton.cdiv(hidden, tile[1]))](
+        tiles = [triton.cdiv(width, tile.depth) for width in (*widths, 1)]
+        _weight_gradient_kernel[(sum(tiles), triton.cdiv(hidden, tile.columns))](
             *several, tokens.contiguous(), *entries.maps(dweights), *entries.maps(dbiases),
             starts_of(tiles), tuple(widths),
             H=hidden, **arguments, **options(tile, tokens.dtype),

@@ -160,10 +160,10 @@ def forward(
         return tokens, usable
     entries = Entries(offsets, counts_p, counts_q, max_rank)
     tile = tiles_for(tokens.device, shape).tokens
-    tiles = entries.tiles(tile[0])
+    tiles = entries.tiles(tile.rows)
     several, lam = entries.maps(factors)
     with on_device_of(tokens):
-        _tokens_kernel[(sum(tiles), triton.cdiv(shape[3], tile[1]))](
+        _tokens_kernel[(sum(tiles), triton.cdiv(shape[3], tile.columns))](
             several, lam, mask.contiguous(), *entries.maps(weights), *entries.maps(biases),
             embedding.contiguous(), *(r.contiguous() for r in rows), tokens,
             usable.view(torch.uint8), starts_of(tiles), tuple(f.shape[1] for f in several),
@@ -193,9 +193,9 @@ def backward(
     dembedding = dtokens.new_empty(lam.shape[0], hidden)
     tile = tiles_for(dtokens.device, dtokens.shape).weights
     widths = tuple(f.shape[1] for f in several)
-    tiles = [*(max(1, triton.cdiv(width, tile[2])) for width in widths), 1]  # 1 for the bias
+    tiles = [*(max(1, triton.cdiv(width, tile.depth)) for width in widths), 1]  # 1 for the bias
     with on_device_of(dtokens):
-        _tokens_backward_kernel[(sum(tiles), triton.cdiv(hidden, tile[1]))](
+        _tokens_backward_kernel[(sum(tiles), triton.cdiv(hidden, tile.columns))](
             dtokens.contiguous(), several, lam, *entries.maps(dweights), *entries.maps(dbiases),
             dembedding, starts_of(tiles), widths,
             H=hidden, **entries.arguments([f.shape[0] for f in factors]),

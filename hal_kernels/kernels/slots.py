@@ -19,32 +19,10 @@ import triton
 import triton.language as tl
 
 from .cases import POINTERS, Case
-from .configs import ARCHITECTURES, architecture_of
+from .configs import ARCHITECTURES, SlotTiles, Tile, architecture_of
 from .launch import DTYPES, dot_precision
 
 T = TypeVar("T")
-Tile = tuple[int, int, int, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class SlotTiles:
-    """Tiles as (slots, columns of H, columns of a width, num_warps, num_stages)."""
-
-    tokens: Tile  # slots × H, summed over a width
-    factors: Tile  # slots × a width, summed over H
-    weights: Tile  # H × a width, summed over slots
-
-
-# For few slots and for many: a small tile leaves more programs. They fit every GPU's shared memory.
-NVIDIA = (
-    SlotTiles((16, 32, 64, 4, 4), (32, 32, 32, 4, 3), (32, 64, 64, 4, 3)),
-    SlotTiles((64, 64, 32, 8, 3), (64, 32, 64, 8, 3), (16, 64, 128, 8, 4)),
-)
-GFX942 = (
-    SlotTiles((16, 32, 64, 4, 1), (32, 32, 64, 4, 1), (32, 64, 64, 4, 1)),
-    SlotTiles((64, 64, 32, 4, 1), (64, 32, 64, 4, 1), (32, 64, 64, 4, 1)),
-)
-TILES = dict.fromkeys(ARCHITECTURES, NVIDIA) | {"gfx942": GFX942}
 
 
 @triton.jit
@@ -153,18 +131,15 @@ def suits(tensors: Sequence[torch.Tensor], tokens: Sequence[int]) -> bool:
 
 
 def tiles_for(device: torch.device, tokens: Sequence[int]) -> SlotTiles:
-    """By architecture, and by whether larger tiles leave every multiprocessor some programs."""
-    gpu = architecture_of(device)
-    few, many = TILES[gpu.name]
-    return many if math.prod(tokens[:-1]) >= 32 * gpu.multiprocessors else few
+    """By architecture and number of slots."""
+    return architecture_of(device).slot_tiles(math.prod(tokens[:-1]))
 
 
 def options(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
     """The constants and options of a launch."""
-    BT, BH, BD, warps, stages = tile
     return {
-        "BT": BT, "BH": BH, "BD": BD, "PRECISION": dot_precision(dtype),
-        "num_warps": warps, "num_stages": stages,
+        "BT": tile.rows, "BH": tile.columns, "BD": tile.depth, "PRECISION": dot_precision(dtype),
+        **tile.options,
     }  # fmt: skip
 
 
@@ -182,17 +157,18 @@ def slot_cases(
     n = 4
     ints = dict.fromkeys(("starts", "firsts", "counts", "skips"), ("i32",) * (n + 1))
     scalars: dict[str, Any] = {**ints, "matrices": "i32", "rank": "i32"}
-    for arch, dtype, ragged in itertools.product(
-        ARCHITECTURES, (torch.float32, torch.bfloat16), (False, True)
+    for gpu, dtype, ragged in itertools.product(
+        ARCHITECTURES.values(), (torch.float32, torch.bfloat16), (False, True)
     ):
-        pointer = POINTERS[dtype]
+        pointer, arch = POINTERS[dtype], gpu.name
         full = "ieee" if arch.startswith("gfx") else "tf32x3"
         signature = dict.fromkeys(kernel.arg_names, pointer) | dict(types or {}) | scalars
         signature |= dict.fromkeys(several, (pointer,) * n)
         signature |= {"widths": ("i32",) * n, "offsets": ("*i64",) * 3}
-        for BT, BH, BD, warps, stages in dict.fromkeys(getattr(t, kind) for t in TILES[arch]):
+        for tile in dict.fromkeys(getattr(tiles, kind) for tiles in gpu.slots):
             constants = {
-                "H": 312, "N": n, "NP": 2, "RAGGED": ragged, "BT": BT, "BH": BH, "BD": BD,
+                "H": 312, "N": n, "NP": 2, "RAGGED": ragged,
+                "BT": tile.rows, "BH": tile.columns, "BD": tile.depth,
                 "PRECISION": full if dtype == torch.float32 else "tf32",
             }  # fmt: skip
             aligned = tuple(
@@ -200,5 +176,4 @@ def slot_cases(
                 for name in kernel.arg_names
                 if name not in constants and (name == "widths" or "*" in signature[name][0])
             )
-            config = {"num_warps": warps, "num_stages": stages}
-            yield Case(kernel, signature, constants, config, aligned, arch)
+            yield Case(kernel, signature, constants, tile.options, aligned, arch)

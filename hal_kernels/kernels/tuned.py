@@ -34,7 +34,8 @@ LIMITS = {
     "num_stages": (1, 8),
 }
 HALVED = ("columns", "depth")
-SIZES = ("hypernet.few", "hypernet.many")
+SIZED = ("hypernet", "slots")  # of an architecture's fields: tiles for few tokens and for many
+SIZES = ("few", "many")
 # What else of an architecture is measured, and its type.
 RATES = {
     "multiprocessors": int,
@@ -51,7 +52,8 @@ def tiles_of(gpu: Architecture) -> dict[str, Tile]:
     tiles: dict[str, Tile] = {}
     groups: dict[str, Any] = {f"svd.{rank}": group for rank, group in gpu.svd.items()}
     groups |= {f"penalty.{rank}": group for rank, group in gpu.penalty.items()}
-    groups |= dict(zip(SIZES, gpu.hypernet, strict=True))
+    for kind in SIZED:
+        groups |= {f"{kind}.{size}": group for size, group in sized(gpu, kind).items()}
     for name, group in groups.items():
         for field in dataclasses.fields(group):
             found = getattr(group, field.name)
@@ -60,6 +62,11 @@ def tiles_of(gpu: Architecture) -> dict[str, Tile]:
             else:
                 tiles |= {f"{name}.{field.name}.{i}": tile for i, tile in enumerate(found)}
     return tiles
+
+
+def sized(gpu: Architecture, kind: str) -> dict[str, Any]:
+    """The tiles of one of `SIZED`, by one of `SIZES`."""
+    return dict(zip(SIZES, getattr(gpu, kind), strict=True))
 
 
 def with_tiles(gpu: Architecture, tiles: Mapping[str, Tile]) -> Architecture:
@@ -75,12 +82,15 @@ def with_tiles(gpu: Architecture, tiles: Mapping[str, Tile]) -> Architecture:
                 fields[field.name] = tuple(tiles.get(f"{path}.{i}", t) for i, t in enumerate(found))
         return dataclasses.replace(group, **fields)
 
-    few, many = (changed(n, group) for n, group in zip(SIZES, gpu.hypernet, strict=True))
+    both: dict[str, Any] = {
+        kind: tuple(changed(f"{kind}.{n}", group) for n, group in sized(gpu, kind).items())
+        for kind in SIZED
+    }
     return dataclasses.replace(
         gpu,
         svd={rank: changed(f"svd.{rank}", group) for rank, group in gpu.svd.items()},
         penalty={rank: changed(f"penalty.{rank}", group) for rank, group in gpu.penalty.items()},
-        hypernet=(few, many),
+        **both,
     )
 
 

@@ -1,5 +1,6 @@
 """The kernels from tokens to factors against the formula in float64, one matrix at a time."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -8,12 +9,12 @@ from ops.slot_cases import LAYERS, UNEQUAL, random, shapes_of, slots_of, widths_
 from ops.util import laid_out, relative_error
 from torch.utils import _pytree as pytree
 
+from hal_kernels.kernels import configs
 from hal_kernels.ops import Slots, hypernet_factors, hypernet_factors_reference
 
 from .harness import DEVICE, EXACT, Guarded, launches
 
 kernels = importlib.import_module("hal_kernels.kernels.hypernet_factors")
-slots_module = importlib.import_module("hal_kernels.kernels.slots")
 default = importlib.import_module("hal_kernels.ops.hypernet_factors")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,9 +110,8 @@ def test_many_slots(ranks):
     """In the tiles for many as well."""
     arguments = make([(70, 20, rank) for rank in ranks], hidden=70)
     check(*arguments)
-    few, many = slots_module.NVIDIA
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slots_module, "TILES", dict.fromkeys(slots_module.TILES, (many, few)))
+    few, many = configs.DEFAULT.slots
+    with configs.using(dataclasses.replace(configs.DEFAULT, slots=(many, few))):
         check(*arguments)
 
 

@@ -1,5 +1,6 @@
 """The kernels from factors to tokens against the formula in float64, one matrix at a time."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -8,12 +9,12 @@ from ops.slot_cases import LAYERS, UNEQUAL, random, random_mask, shapes_of, slot
 from ops.util import laid_out, relative_error
 from torch.utils import _pytree as pytree
 
+from hal_kernels.kernels import configs
 from hal_kernels.ops import Slots, hypernet_tokens, hypernet_tokens_reference
 
 from .harness import DEVICE, EXACT, Guarded, launches
 
 kernels = importlib.import_module("hal_kernels.kernels.hypernet_tokens")
-slots_module = importlib.import_module("hal_kernels.kernels.slots")
 default = importlib.import_module("hal_kernels.ops.hypernet_tokens")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -115,9 +116,8 @@ def test_many_slots(ranks):
     """In the tiles for many as well."""
     inputs, slots = make([(70, 20, rank) for rank in ranks], hidden=70)
     check(inputs, slots)
-    few, many = slots_module.NVIDIA
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slots_module, "TILES", dict.fromkeys(slots_module.TILES, (many, few)))
+    few, many = configs.DEFAULT.slots
+    with configs.using(dataclasses.replace(configs.DEFAULT, slots=(many, few))):
         check(inputs, slots)
 
 

@@ -18,7 +18,7 @@ from hal_kernels.kernels.tuned import LIMITS, apply_tuned, load, path_of, save, 
 from .harness import DEVICE
 
 NAME = "NVIDIA H100 80GB HBM3"
-SMALL = Sizes((24, 64), (20, 64), (1, 3), (2, 2), 2, (16, 20, 1))
+SMALL = Sizes((24, 64), (20, 64), (2, 3), (2, 2), 2, (16, 20, 1))
 RATES = {"multiprocessors": 100, "bandwidth": 2.5e6, "gemm_slowdown": 1.1, "prepare": False}
 
 
@@ -47,7 +47,7 @@ def test_names_of_tiles(gpu):
     moved = with_tiles(gpu, changed(gpu))
     assert tiles_of(moved) == changed(gpu)
     assert all(tile != tiles[name] for name, tile in tiles_of(moved).items())
-    assert {name.split(".")[0] for name in tiles} == {"svd", "penalty", "hypernet"}
+    assert {name.split(".")[0] for name in tiles} == {"svd", "penalty", "hypernet", "slots"}
 
 
 @pytest.mark.parametrize("gpu", ARCHITECTURES.values(), ids=ARCHITECTURES)
@@ -86,6 +86,14 @@ def test_search_goes_on_until_no_neighbour_is_better():
     assert best == goal and found == 1.0 and before == 1.0 + 96 + 192 + 4 + 2
     assert len(seen) == len(set(seen)) == len(lines)
     assert any("OutOfResources" in line for line in lines)
+
+
+def test_search_of_one_step():
+    """As long as each is better, a search goes on; a quick one stops."""
+    best, found, _ = tune.search(
+        "svd.16.shrink", Tile(128, 64, 4, 2), lambda t: (float(t.rows), ""), lambda line: None, 1
+    )
+    assert best.rows == 64 and found == 64.0
 
 
 def test_search_leaves_a_tile_that_does_not_compile():
@@ -135,6 +143,9 @@ def test_a_candidate_is_what_is_launched():
     tile = Tile(32, 0, 8, 2, 64)
     gpu = problems.candidate(DEFAULT, "hypernet.many.rows", tile)
     assert gpu.hypernet_tiles(1).rows is gpu.hypernet_tiles(10**6).rows is tile
+    gpu = problems.candidate(DEFAULT, "slots.few.weights", tile)
+    assert gpu.slot_tiles(1).weights is gpu.slot_tiles(10**6).weights is tile
+    assert gpu.hypernet == DEFAULT.hypernet
 
 
 def test_tuning_finds_the_faster_tile():
@@ -352,9 +363,10 @@ def test_a_run_writes_what_it_found(file, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties(114))
     monkeypatch.setattr(configs, "shipped", lambda index: SM_90)
     monkeypatch.setattr(tune, "measured_rates", lambda *rest: {"bandwidth": 3e6})
-    found = {"svd.16.x": Tile(32, 64, 4, 2)}
+    found, wanted_steps = {"svd.16.x": Tile(32, 64, 4, 2)}, float("inf")
 
-    def tuned_tiles(gpu, device, only, bench, sizes):
+    def tuned_tiles(gpu, device, only, bench, sizes, steps):
+        assert steps == wanted_steps
         assert only == ["svd.16"] and gpu.bandwidth == 3e6 and gpu.multiprocessors == 114
         yield from found.items()
 
@@ -364,6 +376,6 @@ def test_a_run_writes_what_it_found(file, monkeypatch, capsys):
     gpu = apply_tuned(SM_90, NAME)
     assert gpu.multiprocessors == 114 and gpu.bandwidth == 3e6
     assert tiles_of(gpu) == tiles_of(SM_90) | found
-    found = {"svd.16.dy": Tile(32, 32, 4, 2)}
-    assert tune.main(["--only", "svd.16"]) == 0
+    found, wanted_steps = {"svd.16.dy": Tile(32, 32, 4, 2)}, 1
+    assert tune.main(["--quick", "--only", "svd.16"]) == 0
     assert tiles_of(apply_tuned(SM_90, NAME))["svd.16.x"] == Tile(32, 64, 4, 2)
