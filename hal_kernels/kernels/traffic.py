@@ -268,9 +268,75 @@ class Hypernet:
         return own + self.gemms()
 
 
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """Sizes of the maps between packed factors and padded tokens, `width` bytes an element.
+
+    `factors` are (rows, width) of each P and each Q; Λ has R `directions`. Only slots that hold a
+    row are read, all `slots` (3·G·r) of a result are written.
+    """
+
+    factors: tuple[tuple[int, int], ...]
+    directions: int
+    slots: int
+    hidden: int
+    width: int = 4
+
+    @property
+    def _elements(self) -> int:
+        """Of all factors."""
+        return sum(n * d for n, d in self.factors) + self.directions
+
+    def _traffic(self, read: int, written: int) -> Traffic:
+        """From numbers of elements; one product of all factors with H columns."""
+        flops = 2 * self.hidden * self._elements
+        return Traffic(read * self.width, written * self.width, flops)
+
+    @property
+    def _tokens(self) -> int:
+        """Elements of the tokens that hold a row."""
+        return (sum(n for n, _ in self.factors) + self.directions) * self.hidden
+
+    @property
+    def _weights(self) -> int:
+        """Elements of all weights, Λ's too."""
+        return (sum(d for _, d in self.factors) + 1) * self.hidden
+
+    def tokens(self) -> Traffic:
+        """t = xWᵀ + b, for Λ with an embedding, and which directions the mask keeps."""
+        biases, own = (len(self.factors) + 1) * self.hidden, self.directions * (self.hidden + 1)
+        read = self._elements + self._weights + biases + own
+        return self._traffic(read, self.slots * self.hidden)
+
+    def tokens_backward(self) -> Traffic:
+        """Gradients of weights, biases and the embedding."""
+        biases, own = (len(self.factors) + 1) * self.hidden, self.directions * self.hidden
+        return self._traffic(self._tokens + self._elements, self._weights + biases + own)
+
+    def factors_of(self, base: bool = True) -> Traffic:
+        """factor = base + tWᵀ + b."""
+        biases = sum(d for _, d in self.factors) + 1
+        read = self._tokens + self._weights + biases + base * self._elements
+        return self._traffic(read, self._elements)
+
+    def token_gradient(self) -> Traffic:
+        """dt = dy·W."""
+        return self._traffic(self._elements + self._weights, self.slots * self.hidden)
+
+    def weight_gradient(self) -> Traffic:
+        """Gradients of weights and biases."""
+        biases = sum(d for _, d in self.factors) + 1
+        return self._traffic(self._elements + self._tokens, self._weights + biases)
+
+
 def importance(elements: int, *, state: int = 4, factor: int = 4) -> Traffic:
     """The moving averages of importance and uncertainty, of `state` bytes an element."""
     return Traffic(elements * 2 * (state + factor), elements * 2 * state)
+
+
+def importance_scores(elements: int, directions: int, *, state: int = 4) -> Traffic:
+    """A score per direction, from both averages of all P, Λ and Q, and the mask."""
+    return Traffic((2 * elements + directions) * state, directions * state)
 
 
 def prune(directions: int, *, width: int = 4) -> Traffic:
