@@ -1,16 +1,18 @@
 """The benchmarks' own judgement: budgets that can be missed, tables that can be old."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no installed package
 
-from bench import launches, report  # noqa: E402
+from bench import launches, operator_cases, operators, report  # noqa: E402
 
 
 def results(**changes):
@@ -42,8 +44,6 @@ def test_launches_beyond_budget(changes, message):
 
 def test_launches_are_counted_from_the_triton_implementations():
     """One patched layer, one forward: what bench.launches sees is what would be launched."""
-    import torch
-
     from hal_kernels.ops import svd_adapter_add
 
     x = torch.randn(128, 64)
@@ -55,6 +55,32 @@ def test_launches_are_counted_from_the_triton_implementations():
     }
     assert found.syncs == 0
     assert launches.counted(lambda: (x + 1).t()[0, 0].item()).total == 1
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_every_operator_is_measured_beside_its_floor(check):
+    from hal_kernels.ops._library import TRITON
+
+    cases = list(operator_cases.cases(torch.device("cpu"), quick=True, check=check))
+    assert {c.operator for c in cases} == {n for n in TRITON if not n.endswith("_backward")}
+    assert all(c.floor.moved > 0 for c in cases)
+
+
+def test_a_wrong_operator_is_seen():
+    """Its output, or one gradient; and a check at a real size is what is timed."""
+    (case,) = (
+        c for c in operator_cases.cases(torch.device("cpu"), quick=True, check=True)
+        if c.operator == "hypernet_factors"
+    )  # fmt: skip
+    assert operators.error(case.ours, case, None) < 1e-5
+    off = lambda i: [*case.ours(i)[:-1], case.ours(i)[-1] * 1.01]  # noqa: E731
+    assert operators.error(off, case, None) > 5e-3
+    with pytest.raises(SystemExit, match=r"hypernet_factors .*: relative error"):
+        wrong = dataclasses.replace(case, ours=off)
+        operators.measure(wrong, torch.device("cpu"), compiled=False, budget_s=0.0)
+    found = operators.measure(case, torch.device("cpu"), compiled=False, budget_s=0.0)
+    assert found["bytes"] == case.floor.moved and found["floor_us"] > 0
+    assert found["floor_share"] == found["floor_us"] / found["times"]["hal"]["median_us"]
 
 
 def test_tables_are_rewritten_in_place(monkeypatch):

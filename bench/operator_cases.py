@@ -1,0 +1,403 @@
+"""What `bench.operators` measures: operators, sizes, inputs, formulas, and the least traffic."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from hal_kernels import ops
+from hal_kernels.kernels import traffic
+
+Inputs = dict[str, Any]
+Outputs = torch.Tensor | Sequence[torch.Tensor]
+Function = Callable[[Inputs], Outputs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operator at one size."""
+
+    operator: str
+    size: str
+    ours: Function
+    formula: Function
+    inputs: Inputs
+    floor: traffic.Traffic  # of forward and backward
+    frozen: tuple[str, ...] = ()  # inputs whose names begin so need no gradient
+    peft: Callable[[], Function] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(iter(self.inputs.values())).dtype
+        return dtype
+
+
+def normal(
+    *shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0
+) -> torch.Tensor:
+    """Of mean 1, so that sums do not cancel by chance and relative errors mean something."""
+    return ((torch.randn(shape, device=device) + 1) * scale).to(dtype)
+
+
+def svd_linear_case(
+    T: int,
+    d_in: int,
+    d_out: int,
+    r: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    penalty: bool = False,
+) -> Case:
+    """The linear layer, with its own penalty as a second output or without."""
+    inputs = {
+        "x": normal(T, d_in, dtype=dtype, device=device),
+        "weight": normal(d_out, d_in, dtype=dtype, device=device, scale=d_in**-0.5),
+        "bias": normal(d_out, dtype=dtype, device=device),
+        "p": normal(r, d_in, dtype=torch.float32, device=device, scale=d_in**-0.5),
+        "lam": normal(r, dtype=torch.float32, device=device),
+        "q": normal(r, d_out, dtype=torch.float32, device=device, scale=d_out**-0.5),
+    }
+    width = dtype.itemsize
+    floor = (
+        traffic.gemm(T, d_in, d_out, width=width)
+        + traffic.shrink(T, d_in, r, width=width)
+        + traffic.expand(T, d_out, r, width=width)
+        + traffic.gemm(T, d_out, d_in, width=width)
+        + traffic.gradients_dy(T, d_out, r, width=width)
+        + traffic.gradients_x(T, d_in, r, width=width, dx=True)
+    )
+
+    if penalty:
+        for d in (d_in, d_out):
+            floor += traffic.gram(d, r) + traffic.penalty_gradient(1, r, d)
+        floor += traffic.finish(r)
+    ours = ops.svd_linear_penalty if penalty else ops.svd_linear
+    reference = ops.svd_linear_penalty_reference if penalty else ops.svd_linear_reference
+
+    def formula(i: Inputs) -> Outputs:
+        dtype = i["x"].dtype
+        return reference(**{name: t.to(dtype) for name, t in i.items()}, scaling=0.5)
+
+    return Case(
+        ours.__name__,
+        f"T={T} {d_in}→{d_out} r={r} {_name(dtype)}",
+        lambda i: ours(**i, scaling=0.5),
+        formula,
+        inputs,
+        floor,
+        ("weight", "bias"),
+        None if penalty else lambda: peft_layer(inputs),
+    )
+
+
+def peft_layer(inputs: Inputs) -> Function:
+    """PEFT's AdaLoRA layer with the same numbers; its rank number is 1/0.5 = 2 · alpha."""
+    from peft import AdaLoraConfig, get_peft_model
+
+    weight, rank = inputs["weight"], inputs["p"].shape[0]
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0]).to(weight.device, weight.dtype)
+    config = AdaLoraConfig(target_modules=["0"], init_r=rank, lora_alpha=1, total_step=10)
+    model: Any = get_peft_model(torch.nn.Sequential(linear), config)  # type: ignore[arg-type]
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(weight)
+        layer.base_layer.bias.copy_(inputs["bias"])
+        layer.ranknum["default"].fill_(2.0)
+    names = {"p": layer.lora_A, "lam": layer.lora_E, "q": layer.lora_B}
+    parameters = {name: group["default"] for name, group in names.items()}
+
+    def run(i: Inputs) -> torch.Tensor:
+        # The very tensors of this call, so that their gradients are asked for like the others'.
+        own = {"p": i["p"], "lam": i["lam"][:, None], "q": i["q"].t()}
+        for name, group in names.items():
+            group._parameters["default"] = own[name]
+        try:
+            out: torch.Tensor = layer(i["x"])
+            return out
+        finally:
+            for name, group in names.items():
+                group._parameters["default"] = parameters[name]
+
+    return run
+
+
+def group_case(T: int, d: int, r: int, dtype: torch.dtype, device: torch.device) -> Case:
+    widths = (d, d // 4, d // 4)  # grouped queries
+    inputs = {"x": normal(T, d, dtype=dtype, device=device)}
+    p = normal(3 * r, d, dtype=torch.float32, device=device, scale=d**-0.5).split(r)
+    lam = normal(3 * r, dtype=torch.float32, device=device).split(r)
+    for n, width in enumerate(widths):
+        inputs |= {
+            f"weight{n}": normal(width, d, dtype=dtype, device=device, scale=d**-0.5),
+            f"p{n}": p[n],
+            f"lam{n}": lam[n],
+            f"q{n}": normal(r, width, dtype=torch.float32, device=device, scale=width**-0.5),
+        }
+
+    def lists(i: Inputs) -> Iterator[list[torch.Tensor]]:
+        return ([i[f"{name}{n}"] for n in range(3)] for name in ("weight", "p", "lam", "q"))
+
+    def ours(i: Inputs) -> Outputs:
+        weight, *factors = lists(i)
+        return ops.svd_linear_group(i["x"], weight, [None] * 3, *factors)
+
+    def formula(i: Inputs) -> Outputs:
+        weight, *factors = ([t.to(i["x"].dtype) for t in group] for group in lists(i))
+        return ops.svd_linear_group_reference(i["x"], weight, [None] * 3, *factors)
+
+    size = {"width": dtype.itemsize}
+    floor = traffic.shrink(T, d, 3 * r, **size) + traffic.gradients_x(T, d, 3 * r, **size)
+    for width in widths:
+        floor += traffic.expand(T, width, r, **size) + traffic.gemm(T, d, width, **size)
+        floor += traffic.gradients_dy(T, width, r, **size) + traffic.gemm(T, width, d, **size)
+    name = f"T={T} d={d} r={r} {_name(dtype)}"
+    return Case("svd_linear_group", name, ours, formula, inputs, floor, ("weight",))
+
+
+def adapter_add_case(T: int, d: int, r: int, dtype: torch.dtype, device: torch.device) -> Case:
+    inputs = {
+        "y": normal(T, d, dtype=dtype, device=device),
+        "x": normal(T, d, dtype=dtype, device=device),
+        "p": normal(r, d, dtype=torch.float32, device=device, scale=d**-0.5),
+        "lam": normal(r, dtype=torch.float32, device=device),
+        "q": normal(r, d, dtype=torch.float32, device=device, scale=d**-0.5),
+    }
+
+    def formula(i: Inputs) -> torch.Tensor:
+        dtype = i["x"].dtype
+        return ops.svd_adapter_add_reference(**{n: t.to(dtype) for n, t in i.items()})
+
+    size = {"width": dtype.itemsize}
+    floor = traffic.shrink(T, d, r, **size) + traffic.expand(T, d, r, base=True, **size)
+    floor += traffic.gradients_dy(T, d, r, **size) + traffic.gradients_x(T, d, r, **size)
+    return Case(
+        "svd_adapter_add",
+        f"T={T} d={d} r={r} {_name(dtype)}",
+        lambda i: ops.svd_adapter_add(**i),
+        formula,
+        inputs,
+        floor,
+    )
+
+
+def penalty_case(matrices: int, r: int, d: int, device: torch.device) -> Case:
+    factors = normal(matrices, r, d, dtype=torch.float32, device=device, scale=d**-0.5)
+    return Case(
+        "orthogonality_penalty",
+        f"{matrices} matrices r={r} d={d}",
+        lambda i: ops.orthogonality_penalty([i["factors"]]),
+        lambda i: ops.orthogonality_penalty_reference(list(i["factors"])),
+        {"factors": factors},
+        traffic.penalty_residual(matrices, r, d)
+        + traffic.penalty_sum(matrices)
+        + traffic.penalty_gradient(matrices, r, d),
+    )
+
+
+def hypernet_case(matrices: int, r: int, device: torch.device, *, norm_first: bool = False) -> Case:
+    from hal_kernels.nn.hypernet import HEADS, HIDDEN, INNER, SETS, BertBody
+
+    body = BertBody().to(device)
+    inputs = dict(body.named_parameters()) | {
+        "tokens": normal(SETS, matrices, r, HIDDEN, dtype=torch.float32, device=device)
+    }
+    inputs = {name: t.detach() for name, t in inputs.items()}
+    keys = torch.ones(SETS, matrices, r, dtype=torch.bool, device=device)
+
+    def call(function: Callable[..., torch.Tensor]) -> Function:
+        def run(i: Inputs) -> torch.Tensor:
+            weights = {n: t for n, t in i.items() if n != "tokens"}
+            return function(i["tokens"], keys, weights, heads=HEADS, norm_first=norm_first)
+
+        return run
+
+    sizes = traffic.Hypernet(SETS, matrices, r, HIDDEN, INNER, HEADS, norm_first=norm_first)
+    return Case(
+        "hypernet_layer",
+        f"3 × {matrices} matrices r={r}{' norm_first' * norm_first}",
+        call(ops.hypernet_layer),
+        call(ops.hypernet_layer_reference),
+        inputs,
+        sizes.forward() + sizes.backward(),
+    )
+
+
+def maps_cases(layers: Sequence[tuple[int, int]], r: int, device: torch.device) -> Iterator[Case]:
+    """From the factors of layers (d_in, d_out) to tokens, and back."""
+    from hal_kernels.nn.hypernet import HIDDEN
+    from hal_kernels.nn.layout import LayerSpec, Layout
+
+    layout = Layout([LayerSpec(f"layer {i}", *sides, r) for i, sides in enumerate(layers)])
+
+    def indices(*values: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.tensor(v, dtype=torch.int64, device=device) for v in values)
+
+    slots = ops.Slots(
+        indices(layout.p.rows, layout.q.rows),  # type: ignore[arg-type]
+        indices(layout.p.offsets, layout.offsets, layout.q.offsets),  # type: ignore[arg-type]
+        (layout.p.counts, layout.q.counts),
+        (layout.p.sizes, layout.q.sizes),
+        layout.max_rank,
+    )
+    p, q = ([(n, g.width) for n, g in zip(side.sizes, side.groups, strict=True)]
+            for side in (layout.p, layout.q))  # fmt: skip
+    maps = traffic.Maps((*p, *q), layout.rows, 3 * len(layers) * r, HIDDEN)
+    shapes: list[tuple[int, ...]] = [*p, (layout.rows,), *q]
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return normal(*shape, dtype=torch.float32, device=device, scale=scale)
+
+    def numbered(name: str, tensors: Iterable[torch.Tensor]) -> Inputs:
+        return {f"{name}{i}": t for i, t in enumerate(tensors)}
+
+    def lists(i: Inputs, *names: str) -> list[list[torch.Tensor]]:
+        return [[i[f"{name}{n}"] for n in range(len(shapes))] for name in names]
+
+    factors = numbered("factor", (random(*shape, scale=shape[-1] ** -0.5) for shape in shapes))
+    widths = [shape[1] if len(shape) > 1 else 1 for shape in shapes]
+    size = f"{len(layers)} layers r={r}"
+
+    def into(function: Callable[..., Any]) -> Function:
+        def run(i: Inputs) -> Outputs:
+            given, weights, biases = lists(i, "factor", "weight", "bias")
+            out: torch.Tensor
+            out, _ = function(given, i["mask"], weights, biases, i["embedding"], slots)
+            return out
+
+        return run
+
+    yield Case(
+        "hypernet_tokens",
+        size,
+        into(ops.hypernet_tokens),
+        into(ops.hypernet_tokens_reference),
+        {"embedding": random(layout.rows, HIDDEN), "mask": random(layout.rows), **factors}
+        | numbered("weight", (random(HIDDEN, d, scale=d**-0.5) for d in widths))
+        | numbered("bias", (random(HIDDEN) for _ in widths)),
+        maps.tokens() + maps.tokens_backward(),
+        ("factor", "mask"),
+    )
+
+    def back(function: Callable[..., Any]) -> Function:
+        def run(i: Inputs) -> Outputs:
+            weights, biases, base = lists(i, "weight", "bias", "factor")
+            out: list[torch.Tensor] = function(i["tokens"], weights, biases, slots, base)
+            return out
+
+        return run
+
+    yield Case(
+        "hypernet_factors",
+        size,
+        back(ops.hypernet_factors),
+        back(ops.hypernet_factors_reference),
+        {"tokens": random(3, len(layers), r, HIDDEN), **factors}
+        | numbered("weight", (random(d, HIDDEN, scale=HIDDEN**-0.5) for d in widths))
+        | numbered("bias", (random(d) for d in widths)),
+        maps.factors_of() + maps.token_gradient() + maps.weight_gradient(),
+        ("factor",),
+    )
+
+
+def allocation_cases(rows: int, d: int, device: torch.device) -> Iterator[Case]:
+    """Moving averages, scores, and the smallest of them; nothing of it has a gradient."""
+    shapes = ((rows, d), (rows,), (rows, d))
+    state = [
+        [normal(*shape, dtype=torch.float32, device=device).abs() for shape in shapes]
+        for _ in range(4)
+    ]
+    elements, inputs = (
+        rows * (2 * d + 1),
+        {"scores": normal(rows, dtype=torch.float32, device=device)},
+    )
+    order = torch.arange(rows, device=device)
+
+    def updated(i: Inputs) -> Outputs:
+        copies = [t.clone() for t in (*state[0], *state[1])]
+        ops.update_importance_(copies[:3], copies[3:], state[2], state[3])
+        return copies
+
+    def updated_formula(i: Inputs) -> Outputs:
+        pairs = [ops.update_importance_reference(*group) for group in zip(*state, strict=True)]
+        return [one for one, _ in pairs] + [other for _, other in pairs]
+
+    # Calls that are repeated have to agree, so each updates a copy of the averages.
+    copied = traffic.Traffic(2 * elements * 4, 2 * elements * 4)
+    yield Case(
+        "update_importance_",
+        f"R={rows} d={d}",
+        updated,
+        updated_formula,
+        inputs,
+        traffic.importance(elements) + copied,
+    )
+
+    def scored(function: Callable[..., torch.Tensor]) -> Function:
+        return lambda i: function(state[0], state[1], order, order, count_p=1)
+
+    yield Case(
+        "importance_scores",
+        f"R={rows} d={d}",
+        scored(ops.importance_scores),
+        scored(ops.importance_scores_reference),
+        inputs,
+        traffic.importance_scores(elements, rows),
+    )
+
+    def pruned(function: Callable[..., torch.Tensor]) -> Function:
+        return lambda i: function(i["scores"].detach(), rows // 3)
+
+    yield Case(
+        "prune_smallest",
+        f"R={rows}",
+        pruned(ops.prune_smallest),
+        pruned(ops.prune_smallest_reference),
+        inputs,
+        traffic.prune(rows),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cases(device: torch.device, quick: bool, check: bool) -> Iterator[Case]:
+    """Everything that is measured on `device`, one at a time: inputs are large."""
+    gpu = device.type == "cuda" and not quick
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if check:
+        for dtype in (fp32, bf16):
+            yield svd_linear_case(33, 48, 80, 3, dtype, device)
+            yield svd_linear_case(65, 37, 29, 64, dtype, device)
+            yield svd_linear_case(33, 48, 80, 3, dtype, device, penalty=True)
+            yield group_case(33, 48, 3, dtype, device)
+            yield adapter_add_case(33, 48, 5, dtype, device)
+    elif gpu:
+        widths = ((768, 768), (768, 3072), (4096, 4096), (4096, 14336))
+        for dtype, (d_in, d_out), T, r in itertools.product(
+            (bf16, fp32), widths, (1, 128, 1024, 8192, 32768), (3, 8, 16, 64)
+        ):
+            if dtype == bf16 or (d_in == 768 and T <= 8192):
+                yield svd_linear_case(T, d_in, d_out, r, dtype, device)
+        for T, d in itertools.product((128, 8192), (768, 4096)):
+            yield group_case(T, d, 16, bf16, device)
+            yield adapter_add_case(T, d, 16, bf16, device)
+            yield svd_linear_case(T, d, d, 16, bf16, device, penalty=True)
+    else:
+        for T in (1, 128) if quick else (1, 128, 1024):
+            yield svd_linear_case(T, 768, 768, 3, fp32, device)
+        yield group_case(128, 768, 3, fp32, device)
+        yield adapter_add_case(128, 768, 3, fp32, device)
+        yield svd_linear_case(128, 768, 768, 3, fp32, device, penalty=True)
+    small = check or quick
+    yield penalty_case(5 if small else 144, 5, 37 if small else 768, device)
+    for norm_first in (False, True):
+        yield hypernet_case(3 if small else 72, 5, device, norm_first=norm_first)
+    if not small:
+        yield hypernet_case(224, 16, device)
+    block = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
+    yield from maps_cases([(37, 29), (37, 48), (48, 29)] if small else 12 * block, 5, device)
+    yield from allocation_cases(77 if small else 1152, 37 if small else 768, device)
