@@ -5,13 +5,16 @@
 #
 # Parts, in this order (all of them by default), each stopped after nine minutes:
 #   build       the native library in place, and what it is loaded as here
-#   check       every operator once at small odd sizes, against the formula in float64
-#   tests       the tests of operators and kernels, compiled, on the GPU
-#   sanitizer   the same check under compute-sanitizer: memcheck and racecheck
+#   check       every operator compiled, once at small odd sizes, against the formula in float64
 #   operators   each operator beside its roofline floor, plain PyTorch and PEFT's layer
-#   step        training steps beside the frozen model, LoRA and AdaLoRA
+#   step        training steps beside the frozen model, LoRA and AdaLoRA, and what they take at least
+#   tests       the tests of operators and kernels, compiled, on the GPU
+#   sanitizer   the check once more under compute-sanitizer: memcheck and racecheck
+#   tune        one step from a few tiles, into OUT; what is installed stays as it is
 #   launches    launches of a step, counted
 #   report      registers, spills, shared memory and occupancy of every kernel
+#
+# The first four answer most, so they come first.
 #
 # It wants python3 (PYTHON names another) with torch, triton, transformers, peft, rich, pytest and
 # hypothesis; WHEELS may name a folder of wheels for what is missing. OUT gets log.txt, summary.json
@@ -21,7 +24,7 @@ set -uo pipefail
 
 usage() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; }
 
-PARTS=(build check tests sanitizer operators step launches report)
+PARTS=(build check operators step tests sanitizer tune launches report)
 LIMIT=540
 OUT='' DRY='' WANTED=()
 for argument in "$@"; do
@@ -101,6 +104,16 @@ part_sanitizer() {
 part_operators() { "$PYTHON" -m bench.operators --out "$OUT" $QUICK; }
 
 part_step() { "$PYTHON" -m bench.step --out "$OUT" $QUICK --batch 1 8 64; }
+
+part_tune() {
+  local ranks  # the lowest class of ranks that this GPU has tiles for
+  ranks=$("$PYTHON" -c '
+import torch
+from hal_kernels.kernels.configs import DEFAULT, shipped
+print(min((shipped(0) if torch.cuda.is_available() else DEFAULT).svd))') &&
+    "$PYTHON" -m hal_kernels.tune --quick --output "$OUT/tuned.json" ${DRY:+--dry-run} \
+      --only "svd.$ranks".{shrink,dy,x} slots.few.factors
+}
 
 part_launches() {
   "$PYTHON" -m bench.launches --out "$OUT" $QUICK ${DRY:+--model roberta}

@@ -280,7 +280,14 @@ def main() -> int:
                 }
             adapted = depth * shape.linear_layers
             results[str(depth)] = {n: parts(found, n, adapted) for n in METHODS if n != "frozen"}
-        console.print(table(model, depths[-1], results[str(depths[-1])]))
+        deepest = results[str(depths[-1])]
+        console.print(table(model, depths[-1], deepest))
+        launch_us = configs.ARCHITECTURES[arguments.arch].launch_us
+        times = (
+            f"{name} {parts['step, optimizer not counted'] * launch_us / 1e3:.2f}"
+            for name, parts in deepest.items()
+        )
+        console.print(f"ms of a step at {launch_us:g} µs a launch: {', '.join(times)}")
         if arguments.kernels:
             for name, launches in found["hal-hyper"].items():
                 console.print(name, dict(launches.counts))

@@ -12,7 +12,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no installed package
 
-from bench import launches, operator_cases, operators, report  # noqa: E402
+from bench import launches, operator_cases, operators, report, step  # noqa: E402
+from hal_kernels.kernels import configs  # noqa: E402
 
 
 def results(**changes):
@@ -81,6 +82,27 @@ def test_a_wrong_operator_is_seen():
     found = operators.measure(case, torch.device("cpu"), compiled=False, budget_s=0.0)
     assert found["bytes"] == case.floor.moved and found["floor_us"] > 0
     assert found["floor_share"] == found["floor_us"] / found["times"]["hal"]["median_us"]
+
+
+def test_least_time_of_a_step(monkeypatch):
+    """By launches where those take longer, by products of the layers else."""
+    parts = {"lora": {"step, optimizer not counted": 2000}}
+    monkeypatch.setattr(step, "rows_of", lambda name, model: [{"parts": {"2": {}, "12": parts}}])
+    monkeypatch.setattr(step, "rates", lambda device, dtype: (1e6, 1e8))
+    flops = 2 * 12 * 2 * 128 * (4 * 768 * 768 + 2 * 768 * 3072)
+    assert step.least_ms(1, 128) == {"lora": pytest.approx(flops / 1e8 / 1e3)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = dataclasses.replace(configs.DEFAULT, launch_us=1e4)
+    with configs.using(gpu):
+        assert step.least_ms(1, 128) == {"lora": pytest.approx(2000 * 1e4 / 1e3)}
+    monkeypatch.setattr(step, "rows_of", lambda name, model: [])
+    assert step.least_ms(1, 128) == {}
+
+
+def test_gpu_sh_tunes_dry(tmp_path):
+    done = gpu_sh(str(tmp_path), "--dry-run", "tune")
+    assert done.returncode == 0, done.stderr
+    assert "slots.few.factors: 32×32×32, 4 warps, " in (tmp_path / "log.txt").read_text()
 
 
 def test_tables_are_rewritten_in_place(monkeypatch):
