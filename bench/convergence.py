@@ -32,7 +32,11 @@ ALPHA, GAMMA, HEAD_LR, BATCH, LENGTH = 8.0, 0.1, 1e-3, 32, 48
 METHODS: dict[str, dict[str, Any]] = {
     "adalora": {},  # PEFT's
     "direct": {"hypernet": "direct", "penalty": "frobenius"},
+    "direct-gradient": {"hypernet": "direct", "penalty": "frobenius", "init": "gradient"},
     "hyper": {"hypernet": "bert"},
+    "hyper-plain": {"hypernet": "bert", "init": "random", "lam_offsets": False},
+    "hyper-gradient": {"hypernet": "bert", "init": "gradient", "lam_offsets": False},
+    "hyper-offsets": {"hypernet": "bert", "init": "random"},
     "hyper-mlp": {"hypernet": "mlp"},
     "hyper-cnn": {"hypernet": "cnn"},
     "hyper-replace": {"hypernet": "bert", "update": "replace"},
@@ -41,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
 GRIDS = {  # factor-3 steps; the paper's 1e-5 is in all of them
     "adalora": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "direct": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "direct-gradient": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "hyper": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
 }
 KEYS = ("task", "method", "lr", "seed", "steps", "init_rank", "model")
