@@ -43,8 +43,8 @@ class HALConfig:
             (docs/convergence.md); "random" takes Gaussian rows of unit norm. None: "gradient" for
             a hypernetwork with "anchor", else "random".
         lam_offsets: with "anchor", whether every singular value has a trainable offset of its own
-            beside what its hypernetwork generates (docs/convergence.md). It is scaled for
-            optimizers of Adam's kind: with SGD, set False, which is also the paper's form.
+            beside what its hypernetwork generates, at 100 times the learning rate
+            (docs/convergence.md); False is the paper's form.
         alpha: scaling s = alpha / rank, constant while pruning goes on.
         rank_pattern: initial ranks of single layers, instead of `init_rank`. Keys are names,
             endings or regular expressions for an ending, as PEFT's; the first that matches counts.

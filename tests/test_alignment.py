@@ -120,7 +120,7 @@ def test_resumed_in_the_middle(at, patched_before, tmp_path):
 
 def test_a_foreign_extra_state_is_refused():
     model = patched()
-    with pytest.raises(ValueError, match="extra state has 3 numbers"):
+    with pytest.raises(ValueError, match="_extra_state has 4 numbers"):
         model.hal.set_extra_state(torch.tensor([1.0, 0.0, 0.0, 0.0]))
 
 

@@ -189,7 +189,7 @@ def generated_by_hand(model):
             out = tuple(b + o for b, o in zip(base[index], out, strict=True))
         if update == "anchor":
             offset = hypernet.lam_offset.split(layout.ranks)[index]
-            out = (out[0], 0.1 * out[1] + 100.0 * offset, out[2])
+            out = (out[0], out[1] + 100.0 * offset, out[2])
         yield spec.name, out
 
 

@@ -649,7 +649,7 @@ def test_optimizer_without_the_adapter(hypernet):
 @pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_step_for_foreign_optimizers(hypernet):
     """An optimizer that torch's hooks don't see, and hal_kernels.step: the same run."""
-    model, hooked = (patched_net(hypernet, lam_offsets=False) for _ in range(2))  # SGD
+    model, hooked = patched_net(hypernet), patched_net(hypernet)
     data = batches(model, LAST_ALLOCATION)
     for inputs in data:
         models.loss_of(model(**inputs)).backward()

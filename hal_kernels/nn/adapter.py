@@ -123,7 +123,7 @@ class HyperAdapter(State):
         if self._alignment is not None:
             sums = [fn(t) for t in self._alignment.sums]
             self._make_alignment()
-            self._alignment.take(sums)
+            torch._foreach_copy_(self._alignment.sums, sums)
         return self
 
     # -- forward ---------------------------------------------------------------------------------
@@ -469,8 +469,15 @@ class HyperAdapter(State):
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.steps = int(state[0])
         self._make_alignment()
-        if self._alignment is not None and self.steps > 0:
-            self._alignment.take_flat(state[1:])
+        sums = self._alignment.sums if self._alignment is not None and self.steps > 0 else []
+        counts = [t.numel() for t in sums]
+        if state.numel() != 1 + sum(counts):
+            raise ValueError(
+                f"_extra_state has {state.numel()} numbers, expected {1 + sum(counts)} "
+                f"after {self.steps} steps"
+            )
+        for total, part in zip(sums, state[1:].split(counts) if sums else (), strict=True):
+            total.copy_(part.view(total.shape))
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:

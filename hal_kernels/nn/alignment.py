@@ -75,25 +75,6 @@ class Alignment:
         average_over_processes(gradients)
         torch._foreach_add_(self.sums, gradients)
 
-    def take(self, sums: Sequence[torch.Tensor]) -> None:
-        """Go on with the sketches of another alignment."""
-        torch._foreach_copy_(self.sums, list(sums))
-
-    def take_flat(self, flat: torch.Tensor) -> None:
-        """Go on with sketches laid end to end.
-
-        Raises:
-            ValueError: they are not this adapter's.
-        """
-        counts = [t.numel() for t in self.sums]
-        if flat.numel() != sum(counts):
-            raise ValueError(
-                f"the adapter's extra state has {flat.numel()} numbers of initial directions, "
-                f"expected {sum(counts)}"
-            )
-        parts = zip(flat.split(counts), self.sums, strict=True)
-        self.take([part.view(t.shape).to(t) for part, t in parts])
-
     def views(self, effective: Sequence[torch.Tensor]) -> list[LayerFactors]:
         """Every layer's factors; `effective`, the adapter's own, get gradients of zero.
 

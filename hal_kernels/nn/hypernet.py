@@ -24,7 +24,7 @@ HEADS = 12
 INNER = 1200
 SETS = 3  # P, Λ, Q
 OFFSET_SCALE = 100.0  # at a hypernetwork's rate of 1e-4, Λ's offsets move by AdaLoRA's 1e-2 a step
-LAM_SCALE = 0.1  # of what is generated beside them
+LAM_SCALE = 0.1  # initial scale of what is generated beside them
 MLP_WIDTHS = (256,) * 8 + (512,) * 4 + (1024,) * 3
 CNN_STAGES = ((64, 2), (128, 3), (256, 3))  # channels, residual blocks
 CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
@@ -61,6 +61,10 @@ class BertBody(nn.Module):
             tokens, keys, dict(self.named_parameters()), heads=HEADS, norm_first=self.norm_first
         )
 
+    def last_norm(self, which: int) -> torch.Tensor | None:
+        """The scale of one set's outputs; None where no LayerNorm sets it."""
+        return None if self.norm_first else self.norm2_weight[which]  # type: ignore[index]
+
 
 class MLPBody(nn.Module):
     """15 hidden layers of widths 256, 512 and 1024, token by token [4.1.4, 4.6]."""
@@ -80,6 +84,9 @@ class MLPBody(nn.Module):
 
     def forward(self, tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return torch.stack([net(t) for net, t in zip(self.sets, tokens, strict=True)])
+
+    def last_norm(self, which: int) -> torch.Tensor | None:
+        return self.sets[which][-1].weight  # type: ignore[index]
 
 
 class _ResidualBlock(nn.Module):
@@ -129,6 +136,9 @@ class CNNBody(nn.Module):
         outputs = [net(t) for net, t in zip(self.sets, flat, strict=True)]
         return torch.stack(outputs).view(tokens.shape)
 
+    def last_norm(self, which: int) -> torch.Tensor | None:
+        return self.sets[which][-1].weight  # type: ignore[index]
+
 
 BODIES: dict[str, type[nn.Module]] = {"bert": BertBody, "mlp": MLPBody, "cnn": CNNBody}
 
@@ -170,6 +180,9 @@ class Hypernetwork(nn.Module):
         self.q_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in q_widths)
         self.lam_out = _projection(HIDDEN, 1, scale * 0.05)  # near the identity, not on it
         self.lam_offset = nn.Parameter(torch.zeros(rows)) if lam_offsets else None
+        norm = self.body.last_norm(1) if lam_offsets else None  # type: ignore[operator]
+        if norm is not None:
+            norm.detach().fill_(LAM_SCALE)
 
     def forward(
         self, factors: Packed, mask: torch.Tensor, slots: Slots, base: Packed | None = None
@@ -193,9 +206,24 @@ class Hypernetwork(nn.Module):
         )
         if self.lam_offset is None:
             return made
-        # Λ starts at zero: there is nothing of a base in what is scaled.
-        lam = torch.add(made.lam, self.lam_offset, alpha=OFFSET_SCALE / LAM_SCALE)
-        return made._replace(lam=LAM_SCALE * lam)
+        return made._replace(lam=_Offset.apply(made.lam, self.lam_offset))
+
+
+class _Offset(torch.autograd.Function):
+    """Λ with its offsets added, whose learning rate is `OFFSET_SCALE` times the optimizer's.
+
+    So they move that much further than their gradient, which is that of Λ itself: it weighs no more
+    than others' where gradients are clipped by their norm.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, lam: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        return torch.add(lam, offset, alpha=OFFSET_SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # An alias: autograd would copy a tensor that it sends both ways.
+        return gradient, gradient.detach()
 
 
 def _parameters(*maps: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
