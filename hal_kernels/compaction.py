@@ -5,11 +5,11 @@ import gc
 import torch
 from torch import nn
 
+from .nn.adapter import HyperAdapter
 from .nn.tensors import replace_data
 from .patching import find_adapter
 
 
-@torch.no_grad()
 def compact(model: nn.Module) -> nn.Module:
     """Remove pruned directions from factors, hypernetworks, scores and optimizer state, in place.
 
@@ -25,7 +25,13 @@ def compact(model: nn.Module) -> nn.Module:
         TypeError, ValueError: `model` is no module or not patched; "direct" under the cubic
             schedule before its last allocation, while pruned directions may still come back.
     """
-    adapter = find_adapter(model)
+    compact_adapter(find_adapter(model))
+    return model
+
+
+@torch.no_grad()
+def compact_adapter(adapter: HyperAdapter) -> None:
+    """`compact` for an adapter that is not in a patched model."""
     if adapter.config.schedule == "cubic" and adapter.steps < adapter.last_allocation:
         raise ValueError(
             f"compact: the cubic schedule is still allocating (step {adapter.steps} of "
@@ -33,7 +39,7 @@ def compact(model: nn.Module) -> nn.Module:
         )
     kept = adapter.mask > 0
     if bool(kept.all()):
-        return model
+        return
     layout, optimizers = adapter.layout, torch_optimizers()
     ranks = [int(mask.sum()) for mask in kept.cpu().split(layout.ranks)]
     if sum(ranks) == 0:
@@ -56,7 +62,6 @@ def compact(model: nn.Module) -> nn.Module:
             _keep_rows(optimizers, adapter.hypernet.lam_offset, kept)
     _keep_rows(optimizers, adapter.mask, kept)
     adapter.set_layout(layout.with_ranks(ranks))
-    return model
 
 
 def _keep_rows(

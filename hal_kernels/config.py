@@ -194,7 +194,7 @@ class HALConfig:
         """
         for field in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, field) or {}:
-                if not any(_names(key, name) for name in widths):
+                if not any(names_layer(key, name) for name in widths):
                     raise ValueError(f"{field}: {key!r} matches no adapted layer")
         narrowest = {name: min(pair) for name, pair in widths.items()}
         free = [
@@ -268,13 +268,13 @@ def _checked_mapping(name: str, value: Any) -> dict[str, Any] | None:
     return dict(value) or None
 
 
-def _names(key: str, name: str) -> bool:
+def names_layer(key: str, name: str) -> bool:
     """Whether a pattern's key means the layer of this name, by PEFT's rule."""
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _matched(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    return next((v for key, v in (pattern or {}).items() if _names(key, name)), default)
+    return next((v for key, v in (pattern or {}).items() if names_layer(key, name)), default)
 
 
 def _pattern(name: str, value: Any) -> str | tuple[str, ...]:

@@ -66,7 +66,11 @@ def rank_pattern(model: nn.Module) -> dict[str, int]:
     Raises:
         TypeError, ValueError: `model` is no module, or not patched.
     """
-    adapter = find_adapter(model)
+    return adapter_rank_pattern(find_adapter(model))
+
+
+def adapter_rank_pattern(adapter: HyperAdapter) -> dict[str, int]:
+    """How many singular directions each layer of one adapter keeps, as `rank_pattern` gives it."""
     masks = adapter.mask.cpu().split(adapter.layout.ranks)
     return {
         spec.name: int((mask > 0).sum())

@@ -243,8 +243,9 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def is_foreign(layer: nn.Module) -> bool:
-    """Whether an adapted layer runs a forward of its own (quantized or subclassed)."""
-    return isinstance(layer, _ForeignForward)
+    """Whether a layer, adapted or not, keeps a forward of its own (quantized or subclassed)."""
+    kind = type(layer) if isinstance(layer, AdaptedLayer) else adapted_class(layer)
+    return kind is not None and issubclass(kind, _ForeignForward)
 
 
 def linear_widths(layer: nn.Module) -> tuple[int, int]:

@@ -1,4 +1,16 @@
 """The Hugging Face side of hal_kernels: PEFT, Trainer and accelerate.
 
+    import hal_peft
+    model = peft.get_peft_model(model, hal_peft.HyperAdaLoraConfig(r=3))
+
 Needs the ``hf`` extra (transformers, accelerate, peft); ``hal_kernels`` itself needs none of them.
+Importing this package registers the method with PEFT (docs/peft.md).
 """
+
+from .peft_config import HyperAdaLoraConfig
+from .peft_model import HyperAdaLoraModel
+from .peft_register import register
+
+register()
+
+__all__ = ["HyperAdaLoraConfig", "HyperAdaLoraModel"]

@@ -1,0 +1,429 @@
+"""`HyperAdaLoraModel`: the tuner that `peft.get_peft_model` makes of a `HyperAdaLoraConfig`."""
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
+    ModulesToSaveWrapper,
+)
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hal_kernels.compaction import compact_adapter
+from hal_kernels.config import HALConfig, names_layer
+from hal_kernels.export import write_lora
+from hal_kernels.introspection import Factors, adapter_factors, adapter_rank_pattern
+from hal_kernels.nn.adapter import HyperAdapter
+from hal_kernels.nn.linear import LayerSlot, adapted_class, linear_widths
+from hal_kernels.nn.shared_input import SharedInput, find_groups
+from hal_kernels.patching import hook_forward, new_adapter
+from hal_kernels.targets import matches
+
+from .peft_config import HyperAdaLoraConfig
+from .peft_layer import HyperAdaLoraLinear
+from .peft_state import LAYERS, REST, State, by_layer, packed, resize
+
+
+@dataclasses.dataclass
+class _Pending:
+    """An adapter to be made once PEFT has found its layers."""
+
+    name: str
+    config: HyperAdaLoraConfig
+    asked_for: Any  # target_modules as given: PEFT expands "all-linear"
+    low_cpu_mem_usage: bool
+    targets: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+
+    @property
+    def all_linear(self) -> bool:
+        return isinstance(self.asked_for, str) and self.asked_for.lower() == "all-linear"
+
+
+class HyperAdaLoraModel(BaseTuner):
+    """A model with HyperAdaLoRA adapters.
+
+    Training needs no call beside the loop's own: see `hal_kernels.patch_model`. Each adapter is one
+    `HyperAdapter` for all its layers, in ``hal_adapters``; the layers are `HyperAdaLoraLinear`.
+    """
+
+    uses_shared_state = True
+    prefix = "hal_"
+    tuner_layer_cls = HyperAdaLoraLinear
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
+    peft_config: Any  # dict[str, HyperAdaLoraConfig], of which PEFT's typing knows the base
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        self.hal_adapters = nn.ModuleDict()
+        self._handles: dict[str, list[RemovableHandle]] = {}
+        self._pending: _Pending | None = None
+
+    # -- making an adapter -----------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: State | None = None,
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        _warn_of_unmatched(model, config)
+        trained = [p for p in self.hal_adapters.parameters() if p.requires_grad]
+        self._pending = _Pending(adapter_name, config, config.target_modules, low_cpu_mem_usage)
+        try:
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+            )
+        finally:
+            # A further adapter changes nothing about those there are, and waits to be activated.
+            self._pending = None
+            trains = adapter_name in self.active_adapters and not config.inference_mode
+            new = [self.hal_adapters[adapter_name]] if adapter_name in self.hal_adapters else []
+            self.hal_adapters.requires_grad_(False)
+            for parameter in [*trained, *(p for a in new for p in a.parameters() if trains)]:
+                parameter.requires_grad_(True)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Note a layer for `_add`: an adapter is made when all its layers are known."""
+        base = _base(target)
+        assert self._pending is not None
+        if _never_called(base) and self._pending.all_linear:
+            return
+        if adapted_class(base) is None:
+            raise TypeError(
+                f"target_modules: {current_key!r} is a {type(base).__name__}, expected a linear "
+                "layer (nn.Linear, Conv1D or a quantized linear)"
+            )
+        if nn.parameter.is_lazy(base.weight):
+            raise ValueError(
+                f"target_modules: {current_key!r} has an uninitialized weight; run a forward pass "
+                "before adding an adapter"
+            )
+        self._pending.targets[current_key] = target
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """PEFT has found every layer, and changed nothing yet: now the adapter is made."""
+        if self._pending is not None:
+            self._add(self._pending)
+        super()._mark_only_adapters_as_trainable(model)
+
+    def _add(self, new: "_Pending") -> None:
+        """Make an adapter for the layers that were found, and wrap those that are not yet.
+
+        Raises:
+            ValueError: a layer or the adapter's name does not allow it. Nothing was changed.
+        """
+        if new.all_linear:
+            found = set(new.targets)
+            new.config.target_modules = found
+            self.targeted_module_names = [n for n in self.targeted_module_names if n in found]
+        bases = {key: _base(target) for key, target in new.targets.items()}
+        widths = {key: linear_widths(base) for key, base in bases.items()}
+        device = next(iter(bases.values())).weight.device
+        with init_empty_weights() if new.low_cpu_mem_usage else contextlib.nullcontext():
+            adapter = new_adapter(
+                _without_unmatched(new.config.hal_config(), widths),
+                widths,
+                torch.device("cpu") if device.type == "meta" else device,
+            )
+        parts = {part for key in adapter.state_dict() for part in key.split(".")}
+        if new.name in parts:
+            raise ValueError(f"adapter_name is {new.name!r}, expected none of {sorted(parts)}")
+        layers = {
+            key: target if isinstance(target, HyperAdaLoraLinear) else HyperAdaLoraLinear(target)
+            for key, target in new.targets.items()
+        }
+        _replace(self.model, {id(layer.base_layer): layer for layer in layers.values()})
+        plain = [layer for layer in layers.values() if type(layer.base_layer) is nn.Linear]
+        groups = [SharedInput(members) for members in find_groups(self.model, plain)]
+        shared = {id(member): group for group in groups for member in group.layers}
+        for index, layer in enumerate(layers.values()):
+            kind = type(layer.base_layer)
+            layer.add_slot(new.name, LayerSlot(adapter, index, kind, shared.get(id(layer))))
+            layer.set_adapter(self.active_adapters)
+        self.hal_adapters[new.name] = adapter
+        self._handles[new.name] = hook_forward(self.model, adapter, groups)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let each adapter take part in forward passes only if it is active, enabled, unmerged."""
+        layers = [m for m in self.model.modules() if isinstance(m, HyperAdaLoraLinear)]
+        working: set[str] = set()
+        for layer in layers:
+            if not layer.disable_adapters and not layer.merged:
+                working.update(layer.active_adapters)
+        for name in self.hal_adapters:
+            self._adapter(name).disabled = name not in working
+
+    # -- what PEFT's users call ------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        self._settle()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if not enabled:  # as PEFT's layers do at their next forward
+            for module in self.model.modules():
+                if isinstance(module, HyperAdaLoraLinear):
+                    module.unmerge()
+        super()._enable_adapter_layers(enabled)
+        self._settle()
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        self._expect_mergeable(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+        self._settle()
+
+    def unmerge_adapter(self) -> None:
+        super().unmerge_adapter()
+        self._settle()
+
+    def _unload_and_optionally_merge(  # type: ignore[override] # PEFT's annotation says None
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._expect_mergeable(adapter_names, safe_merge)
+        else:
+            for module in self.model.modules():
+                if isinstance(module, HyperAdaLoraLinear):
+                    module.unmerge()
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for name in list(self.hal_adapters):
+            self._drop(name)
+        return self.model
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        """PEFT's, for every place that the layer has in the model."""
+        _replace(self.model, {id(child): new_module})
+
+    def _expect_mergeable(self, adapter_names: list[str] | None, safe: bool) -> None:
+        """Raise ValueError, before anything changes, where a layer can't be merged."""
+        owners: dict[int, set[str]] = {}
+        for name, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    owners.setdefault(parameter.data_ptr() or id(parameter), set()).add(name)
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, HyperAdaLoraLinear) and layer.to_merge(adapter_names):
+                weight = layer.mergeable_weight()
+                others = owners[weight.data_ptr() or id(weight)] - {f"{name}.base_layer"}
+                if others:
+                    raise ValueError(
+                        f"merge: the weight of {name!r} is shared with {sorted(others)}, which "
+                        "would change with it; untie them first"
+                    )
+                if safe:
+                    layer.merged_weight(layer.to_merge(adapter_names), safe=True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._drop(adapter_name)
+        self._settle()
+
+    def _drop(self, name: str) -> None:
+        for handle in self._handles.pop(name):
+            handle.remove()
+        del self.hal_adapters[name]
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: there is no mean of hypernetworks, nor of factors in SVD form.
+
+        Raises:
+            TypeError: always. `export_lora` writes adapters that LoRA's add_weighted_adapter takes.
+        """
+        raise TypeError(
+            f"{type(self).__name__} does not support add_weighted_adapter; export_lora writes "
+            "LoRA adapters, which PEFT can combine"
+        )
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: HyperAdaLoRA does not support a batch of several adapters; use "
+                "set_adapter"
+            )
+        yield
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing: factors and hypernetworks have the dtype that their config says."""
+
+    # -- what HyperAdaLoRA adds ------------------------------------------------------------------
+
+    def factors(self, adapter_name: str | None = None) -> dict[str, Factors]:
+        """What `hal_kernels.factors` gives, of one adapter; None: of the active one."""
+        return adapter_factors(self._adapter(adapter_name))
+
+    def rank_pattern(self, adapter_name: str | None = None) -> dict[str, int]:
+        """How many singular directions each layer keeps. Waits for the device."""
+        return adapter_rank_pattern(self._adapter(adapter_name))
+
+    def penalty(self, adapter_name: str | None = None) -> torch.Tensor:
+        """γ · orthogonality penalty, for a loss that the model does not compute itself."""
+        return self._adapter(adapter_name).penalty()
+
+    def compact(self, adapter_name: str | None = None) -> None:
+        """Drop pruned directions for good, as `hal_kernels.compact` does."""
+        compact_adapter(self._adapter(adapter_name))
+
+    def export_lora(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Write an adapter as plain LoRA, which loads without this library.
+
+        Raises:
+            ValueError: no such adapter, or all its directions are pruned. OSError: can't write.
+        """
+        adapter = self._adapter(adapter_name)
+        name = adapter_name or self.active_adapters[0]
+        config = self.peft_config[name]
+        modules = dict(self.model.named_modules())
+        transposed = {
+            key
+            for key, module in modules.items()
+            if isinstance(module, HyperAdaLoraLinear) and module.fan_in_fan_out
+        }
+        saved = {
+            key: module.modules_to_save[name].state_dict()
+            for key, module in modules.items()
+            if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
+        }
+        write_lora(
+            path,
+            adapter_factors(adapter),
+            self.model,
+            dropout=config.lora_dropout,
+            fan_in_fan_out=transposed,
+            saved_modules=saved,
+            base_model_name_or_path=config.base_model_name_or_path,
+            task_type=config.task_type,
+        )
+
+    def _adapter(self, name: str | None) -> HyperAdapter:
+        if name is None and len(self.active_adapters) != 1:
+            raise ValueError(
+                f"adapter_name is None, expected one of {sorted(self.hal_adapters)}: "
+                f"{len(self.active_adapters)} adapters are active"
+            )
+        name = self.active_adapters[0] if name is None else name
+        if name not in self.hal_adapters:
+            raise ValueError(
+                f"adapter_name is {name!r}, expected one of {sorted(self.hal_adapters)}"
+            )
+        adapter = self.hal_adapters[name]
+        assert isinstance(adapter, HyperAdapter)
+        return adapter
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: State,
+        unwanted_adapter_names: Sequence[str],
+    ) -> State:
+        where, tuner = _tuner(model)
+        prefix = f"{where}hal_adapters.{adapter_name}."
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        return by_layer(tuner._adapter(adapter_name).layout, own)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if _is_own(key):
+            return key
+        found: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: State
+    ) -> State:
+        where, tuner = _tuner(model)
+        adapter = tuner._adapter(adapter_name)
+        layout, own = packed(adapter, {k: v for k, v in state_dict.items() if _is_own(k)})
+        resize(adapter, layout)
+        others = {k: v for k, v in state_dict.items() if not _is_own(k)}
+        prefix = f"{where}hal_adapters.{adapter_name}."
+        return others | {prefix + key: value for key, value in own.items()}
+
+
+def _is_own(key: str) -> bool:
+    """Whether a checkpoint's tensor belongs to an adapter, not to one of `modules_to_save`."""
+    return key.startswith(REST) or (
+        key.startswith(LAYERS) and key.rpartition(".")[2].startswith("hal_")
+    )
+
+
+def _tuner(model: nn.Module) -> tuple[str, HyperAdaLoraModel]:
+    """(prefix of its state dict's keys, tuner) of a PeftModel or the tuner itself."""
+    for name, module in model.named_modules():
+        if isinstance(module, HyperAdaLoraModel):
+            return f"{name}." if name else "", module
+    raise TypeError(f"model is a {type(model).__name__}, expected one with HyperAdaLoRA adapters")
+
+
+def _never_called(layer: nn.Module) -> bool:
+    """Whether a linear layer's parent reads its weight instead of calling it (attention's)."""
+    return isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Put modules, by the id of what they replace, in all its places, tied ones included."""
+    for module in list(model.modules()):
+        if isinstance(module, HyperAdaLoraLinear):
+            continue  # the place of a base layer in its own wrapper
+        for name, child in module._modules.items():
+            if child is not None and id(child) in replacements:
+                module._modules[name] = replacements[id(child)]
+
+
+def _base(target: nn.Module) -> Any:
+    return target.base_layer if isinstance(target, HyperAdaLoraLinear) else target
+
+
+def _without_unmatched(config: HALConfig, names: Iterable[str]) -> HALConfig:
+    """The configuration without pattern keys that match nothing: PEFT warns of those."""
+    names = list(names)
+    kept: dict[str, Any] = {
+        field: {k: v for k, v in pattern.items() if any(names_layer(k, n) for n in names)}
+        for field in ("rank_pattern", "alpha_pattern")
+        if (pattern := getattr(config, field))
+    }
+    return dataclasses.replace(config, **kept)
+
+
+def _warn_of_unmatched(model: nn.Module, config: HyperAdaLoraConfig) -> None:
+    """PEFT takes a list as long as one entry matches; a mistyped one would go unnoticed."""
+    if isinstance(config.target_modules, str | None):
+        return
+    names = [name for name, _ in model.named_modules()]
+    unmatched = sorted(
+        entry for entry in config.target_modules if not any(matches(n, (entry,)) for n in names)
+    )
+    if unmatched and len(unmatched) < len(config.target_modules):  # else PEFT raises
+        warnings.warn(f"hal_peft: target_modules {unmatched} match no module", stacklevel=2)
