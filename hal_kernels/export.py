@@ -108,7 +108,7 @@ def write_lora(
         "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": not fan_in_fan_out.isdisjoint(ranks),
-        "target_modules": _targets(model, list(ranks)),
+        "target_modules": exact_targets(model, list(ranks)),
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "modules_to_save": list(saved_modules) or None,
@@ -119,7 +119,7 @@ def write_lora(
     write_atomically(folder / "adapter_config.json", json.dumps(header, indent=2).encode())
 
 
-def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+def exact_targets(model: nn.Module, names: list[str]) -> list[str] | str:
     """The layers' names, or a regular expression where other modules' names end like one of them.
 
     PEFT takes the entries of a list as endings, too.

@@ -7,10 +7,11 @@ Needs the ``hf`` extra (transformers, accelerate, peft); ``hal_kernels`` itself 
 Importing this package registers the method with PEFT (docs/peft.md).
 """
 
+from .adalora import export_adalora, load_adalora
 from .peft_config import HyperAdaLoraConfig
 from .peft_model import HyperAdaLoraModel
 from .peft_register import register
 
 register()
 
-__all__ = ["HyperAdaLoraConfig", "HyperAdaLoraModel"]
+__all__ = ["HyperAdaLoraConfig", "HyperAdaLoraModel", "export_adalora", "load_adalora"]

@@ -10,6 +10,7 @@ from hal_kernels.nn.adapter import HyperAdapter
 from hal_kernels.nn.linear import LayerSlot, is_conv1d, is_foreign, linear_widths
 from hal_kernels.nn.packed import LayerFactors
 from hal_kernels.ops import svd_adapter_add, svd_linear
+from hal_kernels.ops.svd_linear import fits, svd_linear_of_layer
 
 Arguments = tuple[LayerFactors, dict[str, Any]]
 
@@ -79,7 +80,10 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
             if y is not None:
                 return y
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        return svd_linear(x, weight, self.bias, *_beside(x, factors), **options)
+        factors = _beside(x, factors)
+        if options["dropout"] == 0.0 and fits(x, weight):
+            return svd_linear_of_layer(x, weight, self.bias, *factors, options["scaling"])
+        return svd_linear(x, weight, self.bias, *factors, **options)
 
     def adapter_arguments(self) -> Arguments | None:
         """What the operators need for this layer's one adapter; None where it is not so simple."""

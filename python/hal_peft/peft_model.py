@@ -299,27 +299,30 @@ class HyperAdaLoraModel(BaseTuner):
         adapter = self._adapter(adapter_name)
         name = adapter_name or self.active_adapters[0]
         config = self.peft_config[name]
-        modules = dict(self.model.named_modules())
-        transposed = {
-            key
-            for key, module in modules.items()
-            if isinstance(module, HyperAdaLoraLinear) and module.fan_in_fan_out
-        }
-        saved = {
-            key: module.modules_to_save[name].state_dict()
-            for key, module in modules.items()
-            if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
-        }
         write_lora(
             path,
             adapter_factors(adapter),
             self.model,
             dropout=config.lora_dropout,
-            fan_in_fan_out=transposed,
-            saved_modules=saved,
+            fan_in_fan_out=self.transposed,
+            saved_modules=self.saved_modules(name),
             base_model_name_or_path=config.base_model_name_or_path,
             task_type=config.task_type,
         )
+
+    def saved_modules(self, adapter_name: str) -> dict[str, State]:
+        """State dicts of the modules trained in full with an adapter, by name in the model."""
+        return {
+            key: module.modules_to_save[adapter_name].state_dict()
+            for key, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        }
+
+    @property
+    def transposed(self) -> set[str]:
+        """Names of the adapted layers that are Conv1D."""
+        layers = self.model.named_modules()
+        return {k for k, m in layers if isinstance(m, HyperAdaLoraLinear) and m.fan_in_fan_out}
 
     def _adapter(self, name: str | None) -> HyperAdapter:
         if name is None and len(self.active_adapters) != 1:

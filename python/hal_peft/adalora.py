@@ -1,0 +1,185 @@
+"""PEFT's AdaLoRA checkpoints, read into HyperAdaLoRA without hypernetworks, and written.
+
+Both compute ΔW = s·QᵀΛPᵀ, with lora_A = Pᵀ, lora_E = Λ and lora_B = Qᵀ. AdaLoRA's scaling is
+s = lora_alpha / (init_r + 1e-5), HyperAdaLoRA's lora_alpha / r.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from hal_kernels.checkpoint import serialized, write_atomically
+from hal_kernels.export import exact_targets
+from hal_kernels.introspection import adapter_factors
+
+from .peft_config import HyperAdaLoraConfig
+from .peft_model import HyperAdaLoraModel
+from .peft_state import LAYERS, REST, State, by_layer
+
+RANK_OFFSET = 1e-5
+"""What AdaLoRA adds to the rank that divides its scaling."""
+
+
+def load_adalora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+) -> peft.PeftModel:
+    """Put an AdaLoRA adapter that PEFT saved on `model`, with equal outputs.
+
+    The scores that AdaLoRA allocates ranks by are not in its checkpoints: one that was saved after
+    an allocation keeps its ranks, an earlier one starts its schedule anew.
+
+    Args:
+        model: the base model.
+        path: a folder with adapter_config.json and adapter_model.safetensors.
+        is_trainable: as for `PeftModel.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: no safetensors file there. ValueError: it is no AdaLoRA checkpoint, or
+            does not fit the model.
+    """
+    config = peft.PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, peft.AdaLoraConfig):
+        raise ValueError(f"path holds a {type(config).__name__}, expected PEFT's AdaLoraConfig")
+    file = Path(path) / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no {SAFETENSORS_WEIGHTS_NAME}")
+    tensors = load_file(file)
+    factors = _factors(tensors)
+    adapted = peft.get_peft_model(
+        model, _config(config, factors, is_trainable=is_trainable), adapter_name
+    )
+    adapter = _tuner(adapted)._adapter(adapter_name)
+    state: State = {}
+    for key, own in by_layer(adapter.layout, adapter.state_dict()).items():
+        name, _, short = key.removeprefix(LAYERS).rpartition(".hal_")
+        if key == f"{REST}steps":
+            state[key] = torch.tensor([0 if config.rank_pattern is None else config.total_step])
+            continue
+        found = factors[name].get(short)
+        if found is None:  # the mask, and scores that start at zero
+            rank = len(factors[name]["lam"])
+            found = own.new_full((rank, *own.shape[1:]), 1.0 if short == "mask" else 0.0)
+        state[key] = found
+    others = {key: value for key, value in tensors.items() if ".lora_" not in key}
+    set_peft_model_state_dict(adapted, state | others, adapter_name)
+    return adapted.train(is_trainable)
+
+
+def export_adalora(
+    model: peft.PeftModel, path: str | os.PathLike[str], adapter_name: str | None = None
+) -> None:
+    """Write an adapter as a checkpoint of PEFT's AdaLoRA, with equal outputs.
+
+    Pruned directions are left out, in AdaLoRA's rank_pattern. A hypernetwork stays behind: its
+    factors are written as they are now.
+
+    Args:
+        model: with a HyperAdaLoRA adapter.
+        adapter_name: None means the active one.
+
+    Raises:
+        TypeError: `model` has no HyperAdaLoRA adapter. ValueError: no such adapter.
+    """
+    tuner = _tuner(model)
+    adapter = tuner._adapter(adapter_name)
+    name = adapter_name or tuner.active_adapters[0]
+    config, layers = tuner.peft_config[name], adapter_factors(adapter)
+    init_r = max(adapter.config.init_rank or 1, *(len(f.mask) for f in layers.values()))
+    scaling = adapter.config.scaling
+    tensors: State = {}
+    pattern: dict[str, list[bool]] = {}
+    for key, f in layers.items():
+        kept = f.mask > 0
+        count = int(kept.sum())
+        tensors[f"{LAYERS}{key}.lora_A"] = f.p.t()[kept]
+        tensors[f"{LAYERS}{key}.lora_B"] = f.q[kept].t()
+        tensors[f"{LAYERS}{key}.lora_E"] = f.lam[kept, None] * (f.scaling / scaling)
+        pattern[f"{key}.lora_E"] = [True] * count + [False] * (init_r - count)
+    for key, saved in tuner.saved_modules(name).items():
+        tensors |= {f"{LAYERS}{key}.{k}": v for k, v in saved.items()}
+    theirs = peft.AdaLoraConfig(
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+        target_modules=exact_targets(tuner.model, list(layers)),
+        modules_to_save=config.modules_to_save,
+        fan_in_fan_out=not tuner.transposed.isdisjoint(layers),
+        lora_alpha=scaling * (init_r + RANK_OFFSET),  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        init_r=init_r,
+        target_r=config.r,
+        total_step=max(adapter.steps, 1),
+        deltaT=config.interval,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        orth_reg_weight=config.gamma,
+        rank_pattern=pattern,
+    )
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / SAFETENSORS_WEIGHTS_NAME, serialized(tensors))
+    theirs.save_pretrained(str(folder))
+
+
+def _tuner(model: nn.Module) -> HyperAdaLoraModel:
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, HyperAdaLoraModel):
+        raise TypeError(f"model is a {type(model).__name__}, expected a HyperAdaLoRA PeftModel")
+    return tuner
+
+
+def _factors(tensors: Mapping[str, torch.Tensor]) -> dict[str, State]:
+    """P, Λ and Q of each layer of an AdaLoRA checkpoint."""
+    names = [
+        k.removeprefix(LAYERS).removesuffix(".lora_A") for k in tensors if k.endswith(".lora_A")
+    ]
+    found = {}
+    for name in names:
+        a, b, e = (tensors[f"{LAYERS}{name}.lora_{part}"] for part in "ABE")
+        found[name] = {"p": a, "lam": e[:, 0], "q": b.t()}
+    if not found:
+        raise ValueError("path holds no tensors of AdaLoRA's: none is called lora_A")
+    return found
+
+
+def _config(theirs: Any, factors: Mapping[str, State], *, is_trainable: bool) -> HyperAdaLoraConfig:
+    scaling = (theirs.lora_alpha if theirs.lora_alpha > 0 else theirs.init_r) / (
+        theirs.init_r + RANK_OFFSET
+    )
+    dtype = next(iter(factors.values()))["p"].dtype
+    return HyperAdaLoraConfig(
+        task_type=theirs.task_type,
+        base_model_name_or_path=theirs.base_model_name_or_path,
+        revision=theirs.revision,
+        inference_mode=not is_trainable,
+        r=theirs.target_r,
+        init_r=theirs.init_r,
+        target_modules="|".join(re.escape(name) for name in factors),
+        lora_alpha=scaling * theirs.target_r,
+        lora_dropout=theirs.lora_dropout,
+        modules_to_save=theirs.modules_to_save,
+        dtype="float64" if dtype == torch.float64 else "float32",
+        hypernet="direct",
+        gamma=theirs.orth_reg_weight,
+        penalty="frobenius",
+        allocation="ema",
+        schedule="cubic",
+        interval=theirs.deltaT,
+        tinit=theirs.tinit,
+        tfinal=theirs.tfinal,
+        total_step=theirs.total_step,
+        beta1=theirs.beta1,
+        beta2=theirs.beta2,
+    )
