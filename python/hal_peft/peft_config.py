@@ -1,6 +1,8 @@
 """`HyperAdaLoraConfig`: the options of the PEFT method, in PEFT's names where it has them."""
 
+import contextlib
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,21 +137,25 @@ class HyperAdaLoraConfig(PeftConfig):
             "dtype": self.dtype,
             "modules_to_save": None,
         }
-        try:
+        with in_peft_names():
             return HALConfig.from_dict(values | renamed)
-        except (TypeError, ValueError) as error:
-            raise type(error)(_in_peft_names(str(error))) from None
 
 
-def _in_peft_names(message: str) -> str:
-    """An error of `HALConfig` about a field that has another name here, which it begins with."""
+@contextlib.contextmanager
+def in_peft_names() -> Iterator[None]:
+    """Errors of `HALConfig` begin with a field's name; let it be the one that it has here."""
     names = {
         "rank is": "r is",
         "init_rank is": "init_r is",
         "alpha is": "lora_alpha is",
         "dropout is": "lora_dropout is",
     }
-    for ours, theirs in names.items():
-        if message.startswith(ours):
-            return theirs + message.removeprefix(ours)
-    return message
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        for ours, theirs in names.items():
+            if message.startswith(ours):
+                message = theirs + message.removeprefix(ours)
+                break
+        raise type(error)(message) from None

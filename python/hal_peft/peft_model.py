@@ -27,7 +27,7 @@ from hal_kernels.nn.shared_input import SharedInput, find_groups
 from hal_kernels.patching import hook_forward, new_adapter
 from hal_kernels.targets import matches
 
-from .peft_config import HyperAdaLoraConfig
+from .peft_config import HyperAdaLoraConfig, in_peft_names
 from .peft_layer import HyperAdaLoraLinear
 from .peft_state import LAYERS, REST, State, by_layer, packed, resize
 
@@ -138,7 +138,8 @@ class HyperAdaLoraModel(BaseTuner):
         bases = {key: _base(target) for key, target in new.targets.items()}
         widths = {key: linear_widths(base) for key, base in bases.items()}
         device = next(iter(bases.values())).weight.device
-        with init_empty_weights() if new.low_cpu_mem_usage else contextlib.nullcontext():
+        empty = init_empty_weights() if new.low_cpu_mem_usage else contextlib.nullcontext()
+        with empty, in_peft_names():
             adapter = new_adapter(
                 _without_unmatched(new.config.hal_config(), widths),
                 widths,
