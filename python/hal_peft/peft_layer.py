@@ -31,7 +31,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.training = base_layer, base_layer.training
         self.in_features, self.out_features = linear_widths(base_layer)
         self.fan_in_fan_out = is_conv1d(base_layer)
         self.merged_adapters: list[str] = []

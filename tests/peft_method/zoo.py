@@ -257,15 +257,21 @@ def perturb(model: peft.PeftModel, name: str = "default", size: float = 0.5) -> 
     with torch.no_grad():
         adapter.lam.normal_(std=size)
         if not adapter.direct:  # where it is an input only
-            adapter.hypernet.lam_out.weight.normal_(std=size / 18)  # √312 inputs of unit size
+            for name, parameter in adapter.hypernet.named_parameters():
+                if "_out." in name and name.endswith("weight"):  # of 312 inputs of unit size
+                    parameter.normal_(std=size / 18 if name.startswith("lam") else 0.005)
     adapter.forget()
 
 
 def train(
-    model: peft.PeftModel, batch: dict[str, Any], steps: int = 2, optimizer: Any = torch.optim.AdamW
+    model: peft.PeftModel,
+    batch: dict[str, Any],
+    steps: int = 2,
+    optimizer: Any = torch.optim.AdamW,
+    lr: float = 1e-2,
 ) -> None:
     """Some optimizer steps; the model is left in evaluation mode."""
-    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
     for _ in range(steps):
         model(**batch)["loss"].backward()
