@@ -88,6 +88,8 @@ def expect_unpatched(model: nn.Module) -> None:
                 f"model is patched already ({name or 'the model itself'} is adapted); merge it "
                 "first to start anew"
             )
+        if isinstance(module, HyperAdapter):
+            raise ValueError(f"model holds an adapter already, {name!r}; unload it first")
         if "_hal_merged" in module.__dict__:
             raise ValueError("model holds a merged adapter; unmerge it instead of patching again")
     if hasattr(model, ATTRIBUTE):

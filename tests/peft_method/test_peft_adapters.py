@@ -297,6 +297,31 @@ def test_what_is_refused(tmp_path):
         hal_kernels.merge(model)
 
 
+def test_beside_patch_model():
+    """One of the two: an adapter's own linear layers are no targets, nor are adapted layers."""
+    model = mlp(hypernet="bert")
+    text = str(model)
+    with pytest.raises(ValueError, match=r"holds an adapter already, 'base_model\.hal_adapters\.d"):
+        hal_kernels.patch_model(model, 2)
+    assert str(model) == text
+    patched = hal_kernels.patch_model(MLP.base(), 2, hypernet="direct")
+    with pytest.raises(TypeError, match="is a HALLinear, expected a linear layer"):
+        peft.get_peft_model(patched, plain(target_modules=["up.0"]))
+
+
+@pytest.mark.parametrize("case", [BERT, MLP, zoo.BY_NAME["gpt2"]], ids=lambda case: case.name)
+def test_convert_to_lora(case):
+    """PEFT's own conversion, by the singular values of each ΔW."""
+    model = case.adapted(modules_to_save=None)
+    zoo.perturb(model)
+    batch = case.batch(model.get_base_model())
+    assert model.supports_lora_conversion()
+    config, state = peft.convert_to_lora(model, rank=3)
+    lora = peft.get_peft_model(case.base(), config)
+    peft.set_peft_model_state_dict(lora, state)
+    assert zoo.relative_error(zoo.logits(lora, batch), zoo.logits(model, batch)) < 2e-5
+
+
 def test_tied_weights_are_not_merged(tmp_path):
     """The embedding would change with the head. Training, saving and exporting work."""
     tied = zoo.BY_NAME["tied"]

@@ -51,6 +51,27 @@ def test_gradient_checkpointing(case, reentrant, hypernet):
     }  # fmt: skip
 
 
+@KINDS
+@pytest.mark.parametrize("checkpointed", [None, True, False])
+def test_reference_pass_between_forward_and_backward(checkpointed, hypernet):
+    """As DPO has it: the base model's output is needed before the adapter's backward pass."""
+    model = LLAMA.adapted(hypernet=hypernet)
+    zoo.perturb(model)
+    batch = LLAMA.batch(model.get_base_model())
+    expected = gradients(model, batch)
+    if checkpointed is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointed})
+    model.zero_grad()
+    loss = model.train()(**batch)["loss"]
+    with model.disable_adapter():
+        reference = zoo.logits(model, batch)
+    assert torch.equal(reference, zoo.logits(LLAMA.base(), batch))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert zoo.relative_error(parameter.grad, expected[name]) < 1e-4, name
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static", None])
 @pytest.mark.parametrize("case", [LLAMA, GPT2, T5], ids=lambda case: case.name)
 def test_generate(case, cache):
