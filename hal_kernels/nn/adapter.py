@@ -208,13 +208,10 @@ class HyperAdapter(State):
             counts_once: the loss is normalised over the whole accumulation window already (the
                 caller passed num_items_in_batch): only the window's first micro-batch pays.
         """
-        if (
-            self.config.gamma == 0.0
-            or self._live is None
-            or (counts_once and not self._step_begins)
-        ):
+        live = self._live
+        if live is None or self.config.gamma == 0.0 or (counts_once and not self._step_begins):
             return None
-        return self.penalty(self._live.effective)
+        return self.penalty(live.effective)
 
     @property
     def needs_tie(self) -> bool:
