@@ -19,7 +19,7 @@ import torch
 
 from ..config import HALConfig
 from .allocation import average_over_processes, pruned_count
-from .layout import Layout
+from .layout import LayerSpec, Layout
 from .packed import LayerFactors, Packed
 
 STEPS = 4  # the gradient of one batch is noisy
@@ -33,6 +33,17 @@ def alignment_steps(config: HALConfig, layout: Layout, initial: int) -> int:
         while steps < STEPS and pruned_count(config, layers, initial, steps + 1) is None:
             steps += 1
     return steps
+
+
+def _columns(spec: LayerSpec) -> tuple[int, int]:
+    """Rows of Ω and of Ω' for one layer."""
+    narrowest = min(spec.d_in, spec.d_out)
+    return min(spec.rank + OVERSAMPLING, narrowest), min(spec.rank + 2 * OVERSAMPLING, narrowest)
+
+
+def sketch_size(layout: Layout) -> int:
+    """How many numbers the sketches of all layers hold."""
+    return sum(sum(_columns(spec)) * (spec.d_in + spec.d_out) for spec in layout.layers)
 
 
 class Alignment:
@@ -51,9 +62,7 @@ class Alignment:
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.columns: list[int] = []  # rows of Ω; the others belong to Ω'
         for spec in layout.layers:
-            narrowest = min(spec.d_in, spec.d_out)
-            k = min(spec.rank + OVERSAMPLING, narrowest)
-            m = min(spec.rank + 2 * OVERSAMPLING, narrowest)
+            k, m = _columns(spec)
             p, q = torch.zeros(k + m, spec.d_in), torch.zeros(k + m, spec.d_out)
             p[:k].normal_(std=1 / math.sqrt(spec.d_in), generator=generator)
             q[k:].normal_(std=1 / math.sqrt(spec.d_out), generator=generator)

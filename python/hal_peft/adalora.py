@@ -22,7 +22,7 @@ from hal_kernels.introspection import adapter_factors
 
 from .peft_config import HyperAdaLoraConfig
 from .peft_model import HyperAdaLoraModel
-from .peft_state import LAYERS, REST, State, by_layer
+from .peft_state import LAYERS, PROGRESS, State, by_layer
 
 RANK_OFFSET = 1e-5
 """What AdaLoRA adds to the rank that divides its scaling."""
@@ -64,7 +64,7 @@ def load_adalora(
     state: State = {}
     for key, own in by_layer(adapter.layout, adapter.state_dict()).items():
         name, _, short = key.removeprefix(LAYERS).rpartition(".hal_")
-        if key == f"{REST}steps":
+        if key == PROGRESS:
             state[key] = torch.tensor([0 if config.rank_pattern is None else config.total_step])
             continue
         found = factors[name].get(short)

@@ -21,9 +21,9 @@ class HyperAdaLoraType(str, enum.Enum):  # noqa: UP042 (str() as PEFT's own Peft
 
 
 HAL_OPTIONS = (
-    "hypernet", "update", "gamma", "penalty", "allocation", "schedule", "interval",
-    "prune_per_interval", "tinit", "tfinal", "total_step", "beta1", "beta2", "seed",
-    "skip_nonfinite", "rank_pattern", "alpha_pattern",
+    "hypernet", "norm_first", "update", "init", "lam_offsets", "gamma", "penalty", "allocation",
+    "schedule", "interval", "prune_per_interval", "tinit", "tfinal", "total_step",
+    "beta1", "beta2", "seed", "skip_nonfinite", "rank_pattern", "alpha_pattern",
 )  # fmt: skip
 """Fields that `HALConfig` has by the same name."""
 
@@ -50,8 +50,9 @@ class HyperAdaLoraConfig(PeftConfig):
         alpha_pattern: lora_alpha of single layers.
         dtype: of factors and hypernetworks: "float32", "float64" or "bfloat16". They keep it
             whatever the base model's is.
-        hypernet, update, gamma, penalty, allocation, schedule, interval, prune_per_interval, tinit,
-            tfinal, total_step, beta1, beta2, seed, skip_nonfinite: as for `hal_kernels.HALConfig`.
+        hypernet, norm_first, update, init, lam_offsets, gamma, penalty, allocation, schedule,
+            interval, prune_per_interval, tinit, tfinal, total_step, beta1, beta2, seed,
+            skip_nonfinite: as for `hal_kernels.HALConfig`.
 
     Raises:
         TypeError, ValueError: an impossible option, naming it, or one that there is not.
@@ -87,8 +88,18 @@ class HyperAdaLoraConfig(PeftConfig):
     hypernet: str = field(
         default="bert", metadata={"help": "'bert', 'mlp', 'cnn', or 'direct' (AdaLoRA)."}
     )
+    norm_first: bool = field(
+        default=False, metadata={"help": "'bert': LayerNorm before each part instead of after."}
+    )
     update: str = field(
         default="anchor", metadata={"help": "'anchor', 'replace' or 'residual': the update rule."}
+    )
+    init: str | None = field(
+        default=None,
+        metadata={"help": "Where P and Q start: 'gradient', 'random'; None: as fits."},
+    )
+    lam_offsets: bool = field(
+        default=True, metadata={"help": "'anchor': every singular value has a trainable offset."}
     )
     gamma: float = field(default=0.1, metadata={"help": "Weight of the orthogonality penalty."})
     penalty: str = field(default="squared", metadata={"help": "'squared' or 'frobenius'."})

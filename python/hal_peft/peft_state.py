@@ -2,7 +2,7 @@
 
 A checkpoint names each layer's rows, ``base_model.model.<layer>.hal_p`` and so on, so that it does
 not depend on the order of layers and shows its ranks itself. What belongs to no layer (the
-hypernetworks, the step counter) is ``base_model.hal_adapter.<name>``.
+hypernetworks, the progress) is ``base_model.hal_adapter.<name>``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,14 +10,22 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from hal_kernels.nn.adapter import HyperAdapter
+from hal_kernels.nn.alignment import alignment_steps, sketch_size
 from hal_kernels.nn.layout import Layout
 from hal_kernels.nn.tensors import replace_data
 
 LAYERS = "base_model.model."
 REST = "base_model.hal_adapter."
 FAMILIES = ("", "anchor_", "importance_", "uncertainty_")
-BY_DIRECTION = {"mask": "mask", "hypernet.lam_embedding": "embedding"}
+BY_DIRECTION = {
+    "mask": "mask",
+    "hypernet.lam_embedding": "embedding",
+    "hypernet.lam_offset": "offset",
+}
 """Packed names of tensors with one row per direction, beside the factors; and their short names."""
+
+PROGRESS = f"{REST}progress"
+"""The adapter's extra state: the step counter and, in the first steps, the sketches."""
 
 State = dict[str, torch.Tensor]
 
@@ -51,6 +59,8 @@ def packed(adapter: HyperAdapter, state: Mapping[str, torch.Tensor]) -> tuple[La
             f"{_some(state.keys() - expected.keys())}"
         )
     ranks = [len(state[f"{LAYERS}{spec.name}.hal_lam"]) for spec in layout.layers]
+    loaded = layout.with_ranks(ranks)
+    expected[PROGRESS] = torch.empty(_progress_size(adapter, loaded, state[PROGRESS]))
     for key, tensor in state.items():
         index = next(
             (i for i, s in enumerate(layout.layers) if key.startswith(f"{LAYERS}{s.name}.hal_")),
@@ -62,7 +72,7 @@ def packed(adapter: HyperAdapter, state: Mapping[str, torch.Tensor]) -> tuple[La
             raise ValueError(
                 f"the checkpoint's {key} has shape {tuple(tensor.shape)}, expected {shape}"
             )
-    layout = layout.with_ranks(ranks)
+    layout = loaded
     result = {key: state[f"{REST}{_file_name(key)}"] for key in own if _is_rest(layout, key)}
     for key, short, layers in _rows(layout):
         if key in own:
@@ -101,7 +111,14 @@ def _is_rest(layout: Layout, key: str) -> bool:
 
 
 def _file_name(key: str) -> str:
-    return "steps" if key == "_extra_state" else key
+    return PROGRESS.removeprefix(REST) if key == "_extra_state" else key
+
+
+def _progress_size(adapter: HyperAdapter, layout: Layout, progress: torch.Tensor) -> int:
+    """How many numbers the extra state holds at the step that it says."""
+    steps = int(progress[0]) if progress.numel() else 0
+    last = alignment_steps(adapter.config, layout, adapter.initial_rows)
+    return 1 + (sketch_size(layout) if 0 < steps < last else 0)
 
 
 def _some(keys: set[str]) -> str:

@@ -173,11 +173,13 @@ def test_hal_kernels_sees_the_active_adapter():
         assert hal_kernels.factors(model).keys() == model.factors().keys()
 
 
+@pytest.mark.parametrize("init", ["gradient", "random"])
 @pytest.mark.parametrize("hypernet", ["direct", "bert"])
-def test_training_goes_on_after_loading(hypernet, tmp_path):
+def test_training_goes_on_after_loading(hypernet, init, tmp_path):
     """Bit for bit the run that was not interrupted: counter, masks and scores are saved."""
     options = {
-        "hypernet": hypernet, "interval": 2, "prune_per_interval": 1, "allocation": "ema",
+        "hypernet": hypernet, "init": init, "interval": 5, "prune_per_interval": 3,
+        "allocation": "ema", "lam_offsets": False,
     }  # fmt: skip
     sgd = torch.optim.SGD  # which has no state of its own to carry over
     model = MLP.adapted(**options)
@@ -221,7 +223,7 @@ def test_files_say_what_they_are(tmp_path):
     names = set(load_file(tmp_path / WEIGHTS))
     layer = "base_model.model.bert.encoder.layer.1.attention.self.query"
     assert {f"{layer}.hal_{part}" for part in ("p", "lam", "q", "mask")} <= names
-    assert "base_model.hal_adapter.steps" in names
+    assert "base_model.hal_adapter.progress" in names
     assert "base_model.model.classifier.weight" in names
 
 
@@ -242,7 +244,11 @@ UP = "base_model.model.up.0.hal_"
         (lambda t: t.update({f"{UP}p": t[f"{UP}p"][:2]}), r"hal_p has shape \(2, 16\), expected"),
         (lambda t: t.update({f"{UP}p": t[f"{UP}p"][:, :3]}), r"shape \(3, 3\), expected \(3, 16\)"),
         (lambda t: t.update({f"{UP}mask": torch.ones(3, 1)}), r"shape \(3, 1\), expected \(3,\)"),
-        (lambda t: t.pop("base_model.hal_adapter.steps"), r"it lacks \['base_model\.hal_adapter"),
+        (
+            lambda t: t.update({"base_model.hal_adapter.progress": torch.tensor([0, 1])}),
+            r"progress has shape \(2,\), expected \(1,\)",
+        ),
+        (lambda t: t.pop("base_model.hal_adapter.progress"), r"it lacks \['.*adapter\.progress"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit(change, message, tmp_path):

@@ -43,13 +43,15 @@ def test_every_option_reaches_hal_kernels():
     assert set(HAL_OPTIONS) | renamed | {"dtype"} == known
     config = HyperAdaLoraConfig(
         r=4, init_r=6, lora_alpha=12, lora_dropout=0.1, dtype="bfloat16", hypernet="mlp",
-        update="residual", gamma=0.2, penalty="frobenius", allocation="magnitude", interval=9,
+        update="residual", norm_first=True, init="random", lam_offsets=False, gamma=0.2,
+        penalty="frobenius", allocation="magnitude", interval=9,
         prune_per_interval=3, seed=5, skip_nonfinite=False, rank_pattern={"a": 5},
         alpha_pattern={"b": 2.0},
     )  # fmt: skip
     assert config.hal_config() == hal_kernels.HALConfig(
         rank=4, init_rank=6, alpha=12, dropout=0.1, dtype=torch.bfloat16, hypernet="mlp",
-        update="residual", gamma=0.2, penalty="frobenius", allocation="magnitude", interval=9,
+        update="residual", norm_first=True, init="random", lam_offsets=False, gamma=0.2,
+        penalty="frobenius", allocation="magnitude", interval=9,
         prune_per_interval=3, seed=5, skip_nonfinite=False, rank_pattern={"a": 5},
         alpha_pattern={"b": 2.0}, modules_to_save=None,
     )  # fmt: skip
@@ -69,6 +71,7 @@ def test_every_option_reaches_hal_kernels():
         ({"lora_alpha": 0}, ValueError, r"lora_alpha is 0, expected more than 0"),
         ({"lora_dropout": 1.0}, ValueError, r"lora_dropout is 1\.0, expected"),
         ({"hypernet": "gpt"}, ValueError, r"hypernet is 'gpt', expected one of"),
+        ({"init": "zero"}, ValueError, r"init is 'zero', expected one of"),
         ({"dtype": "float16"}, ValueError, r"dtype is 'float16', expected one of"),
         ({"schedule": "cubic"}, ValueError, r"total_step is None, expected a number of steps"),
         ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] is 0"),

@@ -17,6 +17,10 @@ from . import zoo
 CLOSE = 2e-5
 EACH = pytest.mark.parametrize("case", zoo.CASES, ids=lambda case: case.name)
 KINDS = pytest.mark.parametrize("hypernet", ["direct", "bert"])
+# "gradient": the first steps choose directions, and what they have seen is saved.
+STARTS = pytest.mark.parametrize(
+    ("hypernet", "init"), [("direct", "random"), ("bert", "random"), ("bert", "gradient")]
+)
 
 
 def adapter_of(model, name="default"):
@@ -37,12 +41,12 @@ def names_of_trained(model):
 
 
 @EACH
-@KINDS
-def test_identity_at_start(case, hypernet):
+@STARTS
+def test_identity_at_start(case, hypernet, init):
     base = case.base()
     batch = case.batch(base)
     before = zoo.logits(base, batch)
-    model = peft.get_peft_model(base, case.config(hypernet=hypernet))
+    model = peft.get_peft_model(base, case.config(hypernet=hypernet, init=init))
     assert any(isinstance(m, HyperAdaLoraLinear) for m in model.modules())
     assert torch.equal(zoo.logits(model, batch), before)
 
@@ -75,9 +79,9 @@ def test_training_changes_the_output_alone(case, hypernet):
 
 
 @EACH
-@KINDS
-def test_save_and_load(case, hypernet, tmp_path):
-    model = case.adapted(hypernet=hypernet)
+@STARTS
+def test_save_and_load(case, hypernet, init, tmp_path):
+    model = case.adapted(hypernet=hypernet, init=init)
     batch = case.batch(model)
     zoo.train(model, batch, steps=2)
     expected = zoo.logits(model, batch)

@@ -43,7 +43,7 @@ class Case:
     def config(self, **options: Any) -> hal_peft.HyperAdaLoraConfig:
         defaults = {
             "r": 2, "hypernet": "direct", "task_type": self.task, "target_modules": self.targets,
-            "modules_to_save": list(self.modules_to_save) or None, "seed": 0,
+            "modules_to_save": list(self.modules_to_save) or None, "seed": 0, "init": "random",
         }  # fmt: skip
         return hal_peft.HyperAdaLoraConfig(**defaults | options)
 
