@@ -9,13 +9,16 @@ from the newest row of each kind. ``--check`` changes nothing, and fails if a ta
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .common import RESULTS
+from .convergence import WINDOW, reached
 
+TARGETS = (0.5, 0.45, 0.4)  # training losses of the convergence tables
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
@@ -87,11 +90,34 @@ def step(batch: int) -> str:
     return markdown(head, body) + source(row)
 
 
+def convergence(name: str, task: str, seeds: tuple[int, ...]) -> str:
+    """Steps until the running mean of the loss is below each target, by method and lr."""
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for row in rows(name, task=task):
+        if row["seed"] in seeds:
+            groups.setdefault((row["method"], row["lr"]), []).append(row)
+    body = []
+    for (method, lr), members in sorted(groups.items()):
+        members.sort(key=lambda row: row["seed"])
+        line = [method, f"{lr:g}", ", ".join(str(row["seed"]) for row in members)]
+        for target in TARGETS:
+            steps = [reached(row["losses"], target) for row in members]
+            line.append(", ".join("–" if s is None else str(s) for s in steps))
+        last = [statistics.fmean(row["losses"][-WINDOW:]) for row in members]
+        accuracy = [row["accuracy"] for row in members]
+        body.append([*line, f"{statistics.fmean(last):.3f}", f"{statistics.fmean(accuracy):.3f}"])
+    head = ["method", "lr", "seeds", *(f"steps to {t:g}" for t in TARGETS), "last loss", "accuracy"]
+    return markdown(head, body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "launches-roberta": lambda: launches("roberta"),
     "launches-llama": lambda: launches("llama"),
     "step-1": lambda: step(1),
     "step-8": lambda: step(8),
+    "convergence-tuned": lambda: convergence("convergence", "sst2", (0, 1, 2)),
+    "convergence-fresh": lambda: convergence("convergence", "sst2", (3, 4, 5)),
+    "convergence-trials": lambda: convergence("convergence_trials", "sst2", (0, 1, 2)),
 }
 
 
