@@ -1,0 +1,137 @@
+"""A run that is interrupted, or copied, goes on bit for bit."""
+
+import copy
+import io
+
+import lifecycle
+import models
+import pytest
+import torch
+from pruning import BUDGET, CUBIC, HYPERNETS, LAST_ALLOCATION, patched_net
+from training import (
+    adam,
+    assert_equal,
+    batches,
+    budget_used,
+    state,
+    train,
+)
+
+import hal_kernels
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    lifecycle.small_hypernets(monkeypatch)
+
+
+# ---- resume ------------------------------------------------------------------------------------
+
+
+def resumed(model, optimizer, folder, *, into):
+    """A fresh process's model and optimizer, from files alone."""
+    hal_kernels.save_adapter(model, folder)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    fresh = models.net()
+    if into == "patched":
+        hypernet, allocation = model.hal.config.hypernet, model.hal.config.allocation
+        options = {"hypernet": hypernet, "allocation": allocation, "seed": 9}
+        hal_kernels.patch_model(fresh, 2, init_rank=4, **options)
+    hal_kernels.load_adapter(fresh, folder)
+    again = adam(fresh)
+    file.seek(0)
+    again.load_state_dict(torch.load(file))
+    return fresh, again
+
+
+@pytest.mark.parametrize("into", ["plain", "patched"])
+@pytest.mark.parametrize("compacted", [False, True], ids=["", "compact"])
+@pytest.mark.parametrize("at", [1, 5, 10], ids=["before", "during", "after"])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_resume_is_bitwise(hypernet, at, compacted, into, tmp_path):
+    data = batches(models.net(), 13)
+
+    def start():
+        model = patched_net(hypernet)
+        optimizer = adam(model)
+        train(model, optimizer, data[:at])
+        if compacted:
+            hal_kernels.compact(model)
+        return model, optimizer
+
+    whole, optimizer = start()
+    expected = train(whole, optimizer, data[at:])
+
+    model, optimizer = resumed(*start(), tmp_path, into=into)
+    assert model.hal.steps == at
+    assert train(model, optimizer, data[at:]) == expected
+    assert_equal(state(model), state(whole))
+    assert budget_used(model) == BUDGET
+
+
+@pytest.mark.parametrize("at", [1, 6, 10], ids=["before", "during", "after"])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_resume_is_bitwise_under_cubic(hypernet, at, tmp_path):
+    """Moving averages and masks that may still change come back too."""
+    data = batches(models.net(), 13)
+    whole = hal_kernels.patch_model(models.net(), 2, hypernet=hypernet, **CUBIC)
+    expected = train(whole, adam(whole), data)
+
+    model = hal_kernels.patch_model(models.net(), 2, hypernet=hypernet, **CUBIC)
+    optimizer = adam(model)
+    losses = train(model, optimizer, data[:at])
+    resumed_model, resumed_optimizer = resumed(model, optimizer, tmp_path, into="plain")
+    assert losses + train(resumed_model, resumed_optimizer, data[at:]) == expected
+    assert_equal(state(resumed_model), state(whole))
+    # saving left the first model as it was
+    assert losses + train(model, optimizer, data[at:]) == expected
+
+
+# ---- copies ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("after", [0, 3])
+def test_deepcopy_trains_independently(hypernet, after):
+    model = patched_net(hypernet, allocation="ema")
+    train(model, adam(model), batches(model, after))
+    twin = copy.deepcopy(model)
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
+    assert not shared
+    before = state(model)
+    data = batches(model, LAST_ALLOCATION)
+    losses = train(twin, adam(twin), data)
+    assert twin.hal.steps == after + len(data)
+    assert model.hal.steps == after
+    assert_equal(state(model), before)
+    assert train(model, adam(model), data) == losses
+    assert_equal(state(model), state(twin))
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_deepcopy_in_the_middle_of_a_step(hypernet):
+    """Between forward and optimizer step, as a moving average of weights is often started."""
+    model = patched_net(hypernet)
+    optimizer = adam(model)
+    models.loss_of(model(**models.batch(model))).backward()
+    twin = copy.deepcopy(model)
+    optimizer.step()
+    assert (model.hal.steps, twin.hal.steps) == (1, 0)
+    twin.zero_grad()
+    train(twin, adam(twin), batches(twin, 2))
+    assert (model.hal.steps, twin.hal.steps) == (1, 2)
+
+
+def test_dead_model_is_let_go():
+    """Nothing global keeps a model, its adapter or a pass's graph alive."""
+    import gc
+    import weakref
+
+    model = patched_net("bert")
+    train(model, adam(model), batches(model, 1))
+    loss = models.loss_of(model(**models.batch(model)))
+    reference = weakref.ref(model.hal)
+    del model, loss
+    gc.collect()
+    assert reference() is None

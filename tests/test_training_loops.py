@@ -1,0 +1,329 @@
+"""Odd loops: when the state advances, what is thrown away, layers called by themselves."""
+
+import lifecycle
+import models
+import pytest
+import torch
+from pruning import BUDGET, HYPERNETS, LAST_ALLOCATION, cross_entropy, patched_net
+from torch import nn
+from training import (
+    adam,
+    assert_close,
+    assert_equal,
+    batches,
+    budget_used,
+    gradients,
+    state,
+    train,
+    trainable,
+)
+
+import hal_kernels
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    lifecycle.small_hypernets(monkeypatch)
+
+
+# ---- odd loops ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+@pytest.mark.parametrize("allocation", ["sensitivity", "ema", "magnitude"])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_layer_unused_in_a_step(hypernet, allocation, gamma):
+    """Mixture-of-experts models, layer drop: some layers see no tokens in some steps."""
+    model = patched_net(hypernet, allocation=allocation, gamma=gamma)
+    optimizer = adam(model)
+    for index, inputs in enumerate(batches(model, LAST_ALLOCATION)):
+        x = model.block(index % 2, inputs["x"])  # the other block sits this step out
+        loss = nn.functional.cross_entropy(model.classifier(x), inputs["labels"])
+        (loss + hal_kernels.penalty(model)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert model.hal.steps == index + 1
+    assert budget_used(model) == BUDGET
+    assert all(t.isfinite().all() for t in state(model).values())
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_unused_layer_inside_the_models_forward(hypernet):
+    model = patched_net(hypernet, gamma=0.0)
+    del model.up[1]  # the model's forward runs the first block only
+    train(model, adam(model), batches(model, 3))
+    assert model.hal.steps == 3
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_step_after_zero_grad(hypernet):
+    """No gradients, no step: not for the factors, the counter, nor the ranks."""
+    model = patched_net(hypernet)
+    optimizer = adam(model)
+    train(model, optimizer, batches(model, 1))
+    before = state(model)
+    models.loss_of(model(**models.batch(model))).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    optimizer.step()
+    assert_equal(state(model), before)
+    assert model.hal.steps == 1
+    train(model, optimizer, batches(model, 1))
+    assert model.hal.steps == 2
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_optimizer_step_twice(hypernet):
+    """The second step() is the optimizer's own business; the state advances once."""
+    model = patched_net(hypernet)
+    optimizer = adam(model)
+    models.loss_of(model(**models.batch(model))).backward()
+    optimizer.step()
+    advanced = {n: b.clone() for n, b in model.hal.named_buffers()}
+    optimizer.step()
+    assert model.hal.steps == 1
+    assert_equal(dict(model.hal.named_buffers()), advanced)
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_gradients_thrown_away(hypernet):
+    """A backward pass whose gradients are dropped leaves no trace in the next step's scores."""
+    model, clean = (patched_net(hypernet, allocation="ema") for _ in range(2))
+    data = batches(model, 4)
+    optimizer = adam(model)
+    models.loss_of(model(**models.batch(model, seed=99))).backward()
+    optimizer.zero_grad()
+    assert train(model, optimizer, data) == train(clean, adam(clean), data)
+    assert_equal(state(model), state(clean))
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_evaluation_between_steps_leaves_no_trace(hypernet):
+    model, clean = (patched_net(hypernet, allocation="ema") for _ in range(2))
+    data = batches(model, 4)
+    optimizer = adam(model)
+    losses = []
+    for inputs in data:
+        for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+            with mode():
+                model.eval()(**models.batch(model, seed=99))
+        model.train()
+        losses += train(model, optimizer, [inputs])
+    assert losses == train(clean, adam(clean), data)
+    assert_equal(state(model), state(clean))
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_exception_in_forward(hypernet):
+    """An out-of-memory error or a keyboard interrupt in the model: the next step is as ever."""
+    model, clean = (patched_net(hypernet) for _ in range(2))
+    optimizer = adam(model)
+    data = batches(model, 3)
+    losses = []
+    for inputs in data:
+        with pytest.raises(ValueError, match="x has shape"):
+            model(x=torch.zeros(2, 3))
+        losses += train(model, optimizer, [inputs])
+    assert losses == train(clean, adam(clean), data)
+    assert_equal(state(model), state(clean))
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_exception_in_a_pre_hook(hypernet):
+    """A hook that runs before the adapter's and raises: the adapter's own never opened a pass."""
+    model = patched_net(hypernet)
+    broken = [True]
+
+    def raise_once(module, args):
+        if broken.pop():
+            raise RuntimeError("not now")
+
+    model.register_forward_pre_hook(raise_once, prepend=True)
+    broken.append(False)
+    with pytest.raises(RuntimeError, match="not now"):
+        broken.append(True)
+        model(**models.batch(model))
+    broken[:] = [False] * 20
+    clean = patched_net(hypernet)
+    data = batches(model, 3)
+    assert train(model, adam(model), data) == train(clean, adam(clean), data)
+    x = data[0]["x"]
+    with torch.no_grad():
+        assert torch.equal(model.features(x), clean.features(x))
+
+
+# ---- the state advances once per optimizer step ------------------------------------------------
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_one_advance_per_accumulated_step(hypernet):
+    model = patched_net(hypernet)
+    optimizer = adam(model)
+    for index, inputs in enumerate(batches(model, 12)):
+        models.loss_of(model(**inputs)).backward()
+        if index % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert model.hal.steps == (index + 1) // 3
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_one_advance_with_several_optimizers(hypernet, order):
+    model, whole = patched_net(hypernet), patched_net(hypernet)
+    adapter = list(model.hal.parameters())
+    groups = [adapter[:2], adapter[2:], list(model.classifier.parameters())]
+    optimizers = [torch.optim.SGD(group, lr=1e-3) for group in groups]
+    data = batches(model, 5)
+    for index, inputs in enumerate(data):
+        models.loss_of(model(**inputs)).backward()
+        for which in order:
+            optimizers[which].step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        assert model.hal.steps == index + 1
+    if hypernet == "bert":
+        train(whole, torch.optim.SGD(trainable(whole), lr=1e-3), data)
+        assert_equal(state(model), state(whole))
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_pruned_directions_stay_zero_with_several_optimizers(order):
+    """P in one optimizer and Λ in another, stepped in either order."""
+    model = patched_net("direct")
+    adapter = list(model.hal.parameters())
+    optimizers = [torch.optim.AdamW(group, lr=1e-2) for group in (adapter[:2], adapter[2:])]
+    for inputs in batches(model, LAST_ALLOCATION + 1):
+        models.loss_of(model(**inputs)).backward()
+        for which in order:
+            optimizers[which].step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert budget_used(model) == BUDGET
+    assert not model.hal.lam[model.hal.mask == 0].any()
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_optimizer_without_the_adapter(hypernet):
+    """A step of an optimizer that holds none of the adapter's parameters isn't a step of it."""
+    model = patched_net(hypernet)
+    head = torch.optim.SGD(model.classifier.parameters(), lr=0.1)
+    models.loss_of(model(**models.batch(model))).backward()
+    head.step()
+    assert model.hal.steps == 0
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_step_for_foreign_optimizers(hypernet):
+    """An optimizer that torch's hooks don't see, and hal_kernels.step: the same run."""
+    model, hooked = patched_net(hypernet), patched_net(hypernet)
+    data = batches(model, LAST_ALLOCATION)
+    for inputs in data:
+        models.loss_of(model(**inputs)).backward()
+        with torch.no_grad():
+            for parameter in trainable(model):
+                parameter.sub_(parameter.grad, alpha=1e-3)
+        hal_kernels.step(model)
+        model.zero_grad()
+    train(hooked, torch.optim.SGD(trainable(hooked), lr=1e-3), data)
+    assert model.hal.steps == LAST_ALLOCATION
+    assert_equal(state(model), state(hooked))
+
+
+def test_step_after_a_noticed_step_does_nothing():
+    model = patched_net("bert")
+    optimizer = adam(model)
+    models.loss_of(model(**models.batch(model))).backward()
+    optimizer.step()
+    before = state(model)
+    hal_kernels.step(model)
+    assert_equal(state(model), before)
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_several_patched_models(hypernet):
+    """Each follows its own optimizer; one optimizer may hold two of them."""
+    first, second, third = (patched_net(hypernet, seed=index) for index in range(3))
+    both = torch.optim.SGD([*trainable(first), *trainable(second)], lr=0.1)
+    alone = torch.optim.SGD(trainable(third), lr=0.1)
+    inputs = models.batch(first)
+    loss = models.loss_of(first(**inputs)) + models.loss_of(second(**inputs))
+    (loss + models.loss_of(third(**inputs))).backward()
+    both.step()
+    assert [m.hal.steps for m in (first, second, third)] == [1, 1, 0]
+    alone.step()
+    assert [m.hal.steps for m in (first, second, third)] == [1, 1, 1]
+
+
+# ---- layers called outside the patched model's forward -----------------------------------------
+
+
+def outside(model, inputs):
+    """What model(**inputs) computes, from its parts, without the penalty."""
+    x = model.features(inputs["x"])
+    return nn.functional.cross_entropy(model.classifier(x), inputs["labels"])
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_submodules_train_like_the_whole(hypernet):
+    model, whole = patched_net(hypernet), patched_net(hypernet)
+    optimizer, whole_optimizer = adam(model), adam(whole)
+    for inputs in batches(model, LAST_ALLOCATION):
+        (outside(model, inputs) + hal_kernels.penalty(model)).backward()
+        models.loss_of(whole(**inputs)).backward()
+        # the order of sums differs: rounding errors of float32
+        assert_close(gradients(model), gradients(whole), 1e-4)
+        for m, o in ((model, optimizer), (whole, whole_optimizer)):
+            for (_, p), q in zip(m.named_parameters(), whole.parameters(), strict=True):
+                p.grad = None if q.grad is None else q.grad.clone()  # no drift apart
+            o.step()
+        optimizer.zero_grad()
+        whole_optimizer.zero_grad()
+        assert model.hal.steps == whole.hal.steps
+    assert budget_used(model) == BUDGET
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_submodules_accumulate(hypernet):
+    """One backward pass after another, in the same step."""
+    model, whole = (
+        hal_kernels.patch_model(
+            models.net(dtype=torch.float64), 2, hypernet=hypernet, dtype=torch.float64, gamma=0.0,
+            seed=0,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    for inputs in batches(model, 3):
+        outside(model, inputs).backward()
+        models.loss_of(whole(**inputs)).backward()
+    assert_close(gradients(model), gradients(whole), 1e-12)
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_submodules_two_forwards_before_two_backwards(hypernet):
+    model = patched_net(hypernet)
+    losses = [outside(model, inputs) for inputs in batches(model, 2)]
+    for loss in losses:
+        loss.backward()
+    adam(model).step()
+    assert model.hal.steps == 1
+
+
+@pytest.mark.parametrize("gamma", [0.0, 3.0])
+@pytest.mark.parametrize("penalty", ["squared", "frobenius"])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_loss_outside_the_model(hypernet, penalty, gamma):
+    """logits from the model, loss and hal_kernels.penalty outside: the built-in gradients."""
+    options = {"hypernet": hypernet, "penalty": penalty, "gamma": gamma, "dtype": torch.float64}
+    inside, model = (
+        hal_kernels.patch_model(models.bert(dtype=torch.float64), 2, seed=0, **options)
+        for _ in range(2)
+    )
+    for m in (inside, model):
+        train(m, adam(m), batches(m, 2))
+    inputs = models.batch(model)
+    labels = inputs.pop("labels")
+    output = model(**inputs)
+    (cross_entropy(output, labels) + hal_kernels.penalty(model)).backward()
+    models.loss_of(inside(**inputs, labels=labels)).backward()
+    assert_close(gradients(model), gradients(inside), 1e-10)  # order of sums
