@@ -32,7 +32,7 @@ from .tensors import all_finite, capturing
 _TRANSIENT = {
     "_live": None, "_depth": 0, "_stray": None, "_recent": None, "_cache": None,
     "_recomputed": None, "_join_pending": False, "_under_no_grad": False, "_skip": False,
-    "_step_begins": True,
+    "_step_begins": True, "last_penalty": None,
 }  # fmt: skip
 
 
@@ -65,6 +65,7 @@ class HyperAdapter(State):
     _join_pending: bool  # a pass of the model has been opened whose backward has not ended
     _under_no_grad: bool  # this pass's layers ran without a graph (reentrant checkpointing)
     _skip: bool  # the optimizer step under way is being left out
+    last_penalty: torch.Tensor | None  # γ·penalty in the last training forward's loss, if any
     _step_begins: bool  # the next forward is an accumulation window's first
 
     def __init__(self, config: HALConfig, layout: Layout, device: torch.device) -> None:
@@ -211,7 +212,10 @@ class HyperAdapter(State):
         live = self._live
         if live is None or self.config.gamma == 0.0 or (counts_once and not self._step_begins):
             return None
-        return self.penalty(live.effective)
+        term = self.penalty(live.effective)
+        if not torch.compiler.is_compiling():
+            self.last_penalty = term.detach()
+        return term
 
     @property
     def needs_tie(self) -> bool:

@@ -180,12 +180,12 @@ def _adalora(settings: Settings, num_labels: int) -> Contender:
         model,
         optimizer,
         scheduler,
-        ranks=lambda: _adalora_ranks(model),
+        ranks=lambda: adalora_ranks(model),
         after_step=model.base_model.update_and_allocate,
     )
 
 
-def _adalora_ranks(model: Any) -> dict[str, int]:
+def adalora_ranks(model: Any) -> dict[str, int]:
     """Ranks by layer: the last allocation, or the initial ranks before the first one."""
     config = model.peft_config["default"]
     kept = config.rank_pattern or {}
@@ -193,7 +193,9 @@ def _adalora_ranks(model: Any) -> dict[str, int]:
     for name, parameter in model.base_model.model.named_parameters():
         layer, found, _ = name.partition(".lora_E.")
         if found:
-            ranks[layer] = sum(kept[name]) if name in kept else parameter.shape[0]
+            # Saving the model takes the adapter's name out of the pattern's keys.
+            pattern = kept.get(name, kept.get(name.removesuffix(".default")))
+            ranks[layer] = parameter.shape[0] if pattern is None else sum(pattern)
     return ranks
 
 

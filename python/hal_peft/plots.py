@@ -36,27 +36,33 @@ def plot_losses(
     path: Path,
     *,
     window: int = 10,
+    every: int = 1,
     budget_met_at: Mapping[str, int | None] | None = None,
 ) -> None:
     """Write the training loss of each run as a running mean, one line a run, to a PNG.
 
-    `budget_met_at` marks the step after which a run's ranks stay as they are.
+    Args:
+        losses: run -> values, each the mean of `every` optimizer steps.
+        path: of the PNG.
+        window: values that the running mean takes.
+        every: optimizer steps between two values.
+        budget_met_at: marks the step after which a run's ranks stay as they are.
     """
     figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
     marks = budget_met_at or {}
     for (label, values), (color, style) in zip(losses.items(), _STYLES, strict=False):
         means = running_mean(values, window)
-        steps = np.arange(1, len(values) + 1)
+        steps = every * np.arange(1, len(values) + 1)
         axes.plot(steps, means, style, color=color, linewidth=1.8, label=label)
         mark = marks.get(label)
         if mark:
-            axes.plot(mark, means[mark - 1], "o", color=color, markersize=7)
+            axes.plot(mark, means[(mark - 1) // every], "o", color=color, markersize=7)
     if any(marks.values()):
         axes.plot([], [], "o", color="#444444", markersize=7, label="rank budget met")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(f"training loss (nats, mean of {window} steps)")
+    axes.set_ylabel(f"training loss (nats, mean of {window * every} steps)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlim(0, max(map(len, losses.values())))
+    axes.set_xlim(0, every * max(map(len, losses.values())))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=_DPI)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -40,16 +40,44 @@ def read_jsonl_pair(train_file: Path, dev_file: Path) -> Dataset:
         ValueError: a line that does not fit, naming file and line; fewer than two labels.
         OSError: a file that cannot be read.
     """
-    train_rows = list(_read_rows(train_file))
-    dev_rows = list(_read_rows(dev_file))
+    return labelled_pair(
+        read_records(train_file),
+        read_records(dev_file),
+        train_name=str(train_file),
+        description=f"{train_file.name} and {dev_file.name}",
+    )
+
+
+Records = Iterable[tuple[dict[str, Any], str]]
+"""Rows, each with the words that name its place in an error."""
+
+
+def labelled_pair(
+    train: Records,
+    dev: Records,
+    *,
+    train_name: str,
+    description: str,
+    label_names: Sequence[str] | None = None,
+) -> Dataset:
+    """Labelled rows of both sides as one data set; `read_jsonl_pair` says what a row holds.
+
+    Args:
+        train_name: what errors call the training side.
+        label_names: of labels 0, 1, …; None takes the labels of the training side, sorted.
+    """
+    train_rows = [_row(*record) for record in train]
+    dev_rows = [_row(*record) for record in dev]
     labels = _sorted_labels([label for _, _, label, _ in train_rows])
+    if label_names is not None:
+        labels = list(range(len(label_names)))
     if len(labels) < 2:
         found = ", ".join(repr(label) for label in labels) or "none"
-        raise ValueError(f"{train_file}: need at least two different labels, found {found}")
+        raise ValueError(f"{train_name}: need at least two different labels, found {found}")
     number = {label: index for index, label in enumerate(labels)}
-    for _, _, label, where in dev_rows:
+    for _, _, label, where in [*train_rows, *dev_rows]:
         if label not in number:
-            raise ValueError(f"{where}: label {label!r} does not occur in {train_file}")
+            raise ValueError(f"{where}: label {label!r} does not occur in {train_name}")
 
     def examples(rows: Sequence[_Row]) -> list[Example]:
         return [Example(text, number[label], pair, where) for text, pair, label, where in rows]
@@ -57,24 +85,39 @@ def read_jsonl_pair(train_file: Path, dev_file: Path) -> Dataset:
     return Dataset(
         train=examples(train_rows),
         dev=examples(dev_rows),
-        label_names=[str(label) for label in labels],
-        description=f"{train_file.name} and {dev_file.name}",
+        label_names=list(label_names or map(str, labels)),
+        description=description,
     )
 
 
+# GLUE's names, and "text". Of those that fit a record the first is taken.
+_TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence", None),
+    ("text", None),
+)
 _Label = int | str
 _Row = tuple[str, str | None, _Label, str]
 
 
-def _read_rows(path: Path) -> Iterator[_Row]:
-    """Yield (text, pair or None, label, "file:line") of every non-empty line."""
+def read_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield (JSON object, "file:line") of every non-empty line of a JSONL file (plain or .gz).
+
+    Raises:
+        ValueError: a line that is no JSON object, naming file and line; no line at all.
+        OSError: a file that cannot be read.
+    """
     found = False
     with _open_text(path) as stream:
         try:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     found = True
-                    yield _parse_row(line, f"{path}:{number}")
+                    where = f"{path}:{number}"
+                    yield _parse_record(line, where), where
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
             raise ValueError(f"{path}: not a UTF-8 JSONL file ({error})") from error
     if not found:
@@ -87,13 +130,17 @@ def _open_text(path: Path) -> IO[str]:
     return path.open(encoding="utf-8")
 
 
-def _parse_row(line: str, where: str) -> _Row:
+def _parse_record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def _row(record: dict[str, Any], where: str) -> _Row:
     text, pair = _texts(record, where)
     label = record.get("label")
     if isinstance(label, bool) or not isinstance(label, int | str):
@@ -102,7 +149,7 @@ def _parse_row(line: str, where: str) -> _Row:
 
 
 def _texts(record: dict[str, Any], where: str) -> tuple[str, str | None]:
-    for first, second in (("sentence1", "sentence2"), ("sentence", None), ("text", None)):
+    for first, second in _TEXT_COLUMNS:
         if first not in record:
             continue
         text = _string(record, first, where)

@@ -1,0 +1,201 @@
+"""Options of ``python -m hal_peft.finetune``: dataclasses, a config file, and the command line."""
+
+import argparse
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+METHODS = ("hyperadalora", "adalora", "adalora-peft", "lora", "full")
+
+
+class OptionsError(Exception):
+    """Something the user gave that can't be: told in one line."""
+
+
+@dataclass
+class DataOptions:
+    """Which model, and which data."""
+
+    model: str | None = field(default=None, metadata={"help": "name on the hub, or path"})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "glue/rte, tatsu-lab/alpaca, gsm8k, … or owner/name[:config]"},
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "local JSONL (or .gz) instead of a data set of the hub"}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "another set to evaluate on, such as openai_humaneval"}
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "local JSONL (or .gz)"})
+    held_out: int = field(
+        default=500,
+        metadata={"help": "rows split off for evaluation where a set has no held-out side"},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "use that many rows"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "use that many rows"})
+    max_length: int = field(default=512, metadata={"help": "tokens a row is cut to"})
+    max_new_tokens: int = field(default=256, metadata={"help": "of an answer in evaluation"})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": 'of the base weights; "auto": as they were saved'}
+    )
+    generate: bool = field(
+        default=True, metadata={"help": "evaluate written answers, not the loss alone"}
+    )
+    allow_code_execution: bool = field(
+        default=False,
+        metadata={"help": "run the programs a model writes, to test them (HumanEval's pass@1)"},
+    )
+
+
+@dataclass
+class MethodOptions:
+    """How the model is adapted. Defaults are the paper's."""
+
+    method: Literal[METHODS] = field(  # type: ignore[valid-type]
+        default="hyperadalora",
+        metadata={"help": '"adalora" is on the kernels of hal_kernels, "adalora-peft" PEFT\'s'},
+    )
+    rank: int = field(default=3, metadata={"help": "average rank after allocation"})
+    init_rank: int | None = field(default=None, metadata={"help": "default: 1.5 times the rank"})
+    alpha: float = field(default=8.0, metadata={"help": "scaling is alpha / rank"})
+    dropout: float = field(default=0.0, metadata={"help": "on the adapter's input"})
+    gamma: float = field(default=0.1, metadata={"help": "weight of the orthogonality penalty"})
+    hypernet: Literal["bert", "mlp", "cnn"] = field(
+        default="bert", metadata={"help": "hyperadalora: architecture of the hypernetworks"}
+    )
+    update: Literal["anchor", "replace", "residual"] = field(
+        default="anchor", metadata={"help": "hyperadalora: how their output becomes the factors"}
+    )
+    interval: int = field(default=100, metadata={"help": "steps between two allocations"})
+    tinit: int | None = field(
+        default=None, metadata={"help": "adalora: steps before the first (default: a tenth)"}
+    )
+    tfinal: int | None = field(
+        default=None, metadata={"help": "adalora: steps after the last (default: a third)"}
+    )
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "names or endings; default: every linear layer but the head"},
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "of a new classifier; default: --learning_rate"}
+    )
+
+
+@dataclass
+class RunOptions(TrainingArguments):
+    """Every option of transformers' TrainingArguments, with the paper's recipe as defaults.
+
+    Adam (AdamW without weight decay), learning rate 1e-5, batches of 64, 500 steps of linear
+    warm-up, then cosine [4.1.4, App. E].
+    """
+
+    output_dir: str | None = field(default="finetune_out", metadata={"help": "folder of the run"})
+    learning_rate: float = field(default=1e-5, metadata={"help": "peak"})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "rows of a batch"})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "rows of a batch"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "after the warm-up"})
+    warmup_steps: float = field(default=500, metadata={"help": "steps, or a share below 1"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two log lines"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate the loss"})
+    save_strategy: str = field(default="epoch", metadata={"help": "when to write a checkpoint"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
+    report_to: list[str] | None = field(
+        default_factory=lambda: ["tensorboard"], metadata={"help": "tensorboard, wandb, none, …"}
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "default: where there is a GPU"}
+    )
+    do_train: bool = field(default=True, metadata={"help": "train"})
+    do_eval: bool = field(default=True, metadata={"help": "evaluate"})
+    resume: bool = field(
+        default=False, metadata={"help": "go on from the last checkpoint in output_dir"}
+    )
+
+
+_USAGE = "hal-finetune --model MODEL (--dataset NAME | --train-file FILE) [--method …] [options]"
+Options = tuple[DataOptions, MethodOptions, RunOptions]
+_GROUPS: Any = (DataOptions, MethodOptions, RunOptions)
+
+
+def parse(argv: list[str]) -> Options:
+    """Options from the command line and, beneath it, the file that ``--config`` names.
+
+    Raises:
+        OptionsError: what can't be read or can't be. SystemExit: argparse's own errors, ``--help``.
+    """
+    parser = HfArgumentParser(_GROUPS, prog="hal-finetune", usage=_USAGE, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML or JSON file with options by name")
+    before, _ = _config_parser().parse_known_args(argv)
+    from_file = [] if before.config is None else arguments_of(Path(before.config))
+    namespace = parser.parse_args([*from_file, *argv])
+    values = vars(namespace)
+
+    def made(kind: Any) -> Any:
+        return kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
+
+    try:
+        data, method, run = made(DataOptions), made(MethodOptions), made(RunOptions)
+    except (ValueError, ImportError) as error:  # TrainingArguments': what doesn't go together
+        raise OptionsError(str(error)) from error
+    _check(data, method)
+    return data, method, run
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def arguments_of(path: Path) -> list[str]:
+    """A YAML or JSON file's options as command line arguments.
+
+    Raises:
+        OptionsError: the file can't be read, is no mapping, or has an unknown name.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionsError(f"--config {path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise OptionsError(f"--config {path}: holds a {type(loaded).__name__}, expected a mapping")
+    known = {f.name for kind in _GROUPS for f in fields(kind) if f.init}
+    unknown = sorted(str(key) for key in loaded if str(key).replace("-", "_") not in known)
+    if unknown:
+        raise OptionsError(f"--config {path}: unknown options {unknown}")
+    arguments: list[str] = []
+    for key, value in loaded.items():
+        if value is None:
+            continue
+        name = f"--{str(key).replace('-', '_')}"
+        if isinstance(value, list):
+            arguments += [name, *map(str, value)]
+        elif isinstance(value, dict):
+            arguments += [name, json.dumps(value)]
+        else:
+            arguments.append(f"{name}={value}")
+    return arguments
+
+
+def _check(data: DataOptions, method: MethodOptions) -> None:
+    if data.model is None:
+        raise OptionsError("--model is missing: a name on the hub, or a path")
+    if (data.dataset is None) == (data.train_file is None):
+        raise OptionsError("give one of --dataset and --train_file")
+    if data.eval_dataset is not None and data.eval_file is not None:
+        raise OptionsError("give one of --eval_dataset and --eval_file")
+    for name in ("held_out", "max_train_samples", "max_eval_samples", "max_length"):
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            raise OptionsError(f"--{name} is {value}, expected at least 1")
+    if method.head_learning_rate is not None and method.head_learning_rate <= 0:
+        raise OptionsError(
+            f"--head_learning_rate is {method.head_learning_rate}, expected more than 0"
+        )

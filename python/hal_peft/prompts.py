@@ -1,0 +1,106 @@
+"""Prompt and answer of one row, for the forms in which instruction and test sets come.
+
+A form is recognised by a row's columns. Prompts end where the model's answer begins; only the
+answer is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CLASSIFICATION = "classification"
+GSM8K = "gsm8k"
+HUMANEVAL = "humaneval"
+
+# Stanford Alpaca's (https://github.com/tatsu-lab/stanford_alpaca), which OpenPlatypus shares.
+_PREAMBLE = "Below is an instruction that describes a task"
+_REQUEST = "Write a response that appropriately completes the request."
+_ALONE = _PREAMBLE + f". {_REQUEST}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n"
+_WITH_INPUT = (
+    _PREAMBLE
+    + f", paired with an input that provides further context. {_REQUEST}\n\n"
+    + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """What the model reads, what it should write, and what a test of its answer needs."""
+
+    prompt: str
+    answer: str
+    tests: str = ""
+    """HumanEval: source that defines ``check(candidate)`` and calls it."""
+
+
+def instruction(row: Mapping[str, Any]) -> Prompted:
+    """Alpaca, OpenPlatypus, Magpie: ``instruction``, ``output`` or ``response``, even ``input``."""
+    template = _WITH_INPUT if row.get("input") else _ALONE
+    answer = row["output"] if "output" in row else row["response"]
+    prompt = template.format(instruction=row["instruction"], input=row.get("input"))
+    return Prompted(prompt, answer)
+
+
+def gsm8k(row: Mapping[str, Any]) -> Prompted:
+    """GSM8K: ``question`` and ``answer``, whose last line is ``#### number``."""
+    return Prompted(f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
+
+
+def humaneval(row: Mapping[str, Any]) -> Prompted:
+    """HumanEval: a function's head is the prompt, its body the answer."""
+    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
+    return Prompted(row["prompt"], row["canonical_solution"], tests)
+
+
+def completion(row: Mapping[str, Any]) -> Prompted:
+    """``prompt`` and ``completion``, as they are."""
+    return Prompted(row["prompt"], row["completion"])
+
+
+FORMS: dict[str, Callable[[Mapping[str, Any]], Prompted]] = {
+    HUMANEVAL: humaneval,
+    GSM8K: gsm8k,
+    "instruction": instruction,
+    "completion": completion,
+}
+"""Generation tasks by name."""
+
+_COLUMNS: list[tuple[str, set[str]]] = [  # the first that fits
+    (HUMANEVAL, {"prompt", "canonical_solution", "test", "entry_point"}),
+    ("instruction", {"instruction", "output"}),
+    ("instruction", {"instruction", "response"}),
+    ("completion", {"prompt", "completion"}),
+    (GSM8K, {"question", "answer"}),
+    (CLASSIFICATION, {"label"}),
+]
+
+
+def form_of(columns: Collection[str]) -> str:
+    """The form of a set whose rows have these columns.
+
+    Raises:
+        ValueError: no form has them.
+    """
+    for name, needed in _COLUMNS:
+        if needed <= set(columns):
+            return name
+    known = "; ".join(f"{name}: {', '.join(sorted(needed))}" for name, needed in _COLUMNS)
+    raise ValueError(f"columns are {sorted(columns)}, expected those of one form ({known})")
+
+
+def prompted(form: str, row: Mapping[str, Any], where: str) -> Prompted:
+    """One row of a generation task.
+
+    Raises:
+        ValueError: a column is missing or not text, naming `where`.
+    """
+    try:
+        example = FORMS[form](row)
+    except KeyError as error:
+        raise ValueError(f"{where}: column {error} is missing, expected for {form!r}") from None
+    for part in ("prompt", "answer"):
+        if not isinstance(getattr(example, part), str):
+            raise ValueError(f"{where}: the {part} is {getattr(example, part)!r}, expected text")
+    return example

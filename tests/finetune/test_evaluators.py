@@ -1,0 +1,265 @@
+"""Prompts, the judges of written answers, and the limits of programs that a model wrote."""
+
+import os
+import time
+from decimal import Decimal
+
+import pytest
+
+from hal_peft import evaluators, finetune_data, prompts
+from hal_peft.code_execution import passes
+from hal_peft.finetune_options import DataOptions, OptionsError
+
+from .tiny import build_tokenizer
+
+# -- prompts and data ------------------------------------------------------------------------------
+
+
+def test_alpacas_template():
+    alone = prompts.instruction({"instruction": "Say hi.", "input": "", "output": "hi"})
+    assert alone.prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nSay hi.\n\n### Response:\n"
+    )
+    assert alone.answer == "hi"
+    both = prompts.instruction({"instruction": "Add {it}.", "input": "1 2", "response": "3"})
+    assert "paired with an input" in both.prompt
+    assert "### Instruction:\nAdd {it}.\n\n### Input:\n1 2\n\n### Response:\n" in both.prompt
+
+
+@pytest.mark.parametrize(
+    "columns, form",
+    [
+        (["instruction", "input", "output"], "instruction"),
+        (["uuid", "instruction", "response", "conversations"], "instruction"),
+        (["question", "answer", "final"], "gsm8k"),
+        (["task_id", "prompt", "canonical_solution", "test", "entry_point"], "humaneval"),
+        (["prompt", "completion"], "completion"),
+        (["idx", "sentence1", "sentence2", "label"], "classification"),
+        (["question", "sentence", "label"], "classification"),
+    ],
+)
+def test_forms_are_known_by_their_columns(columns, form):
+    assert prompts.form_of(columns) == form
+
+
+def test_unknown_columns():
+    with pytest.raises(ValueError, match=r"columns are \['text'\], expected those of one form"):
+        prompts.form_of(["text"])
+
+
+def test_only_the_answer_has_labels():
+    tokenizer = build_tokenizer()
+    examples = [
+        prompts.Prompted("write the number", " two three"),
+        prompts.Prompted("write " * 9, "two"),  # leaves no room
+        prompts.Prompted("write", "two " * 9),  # is cut
+    ]
+    rows = finetune_data.encode_prompted(tokenizer, examples, max_length=7)
+    assert len(rows) == 2
+    for row in rows:
+        assert len(row["input_ids"]) == len(row["attention_mask"]) == len(row["labels"])
+        pairs = zip(row["input_ids"], row["labels"], strict=True)
+        assert all(label in (token, finetune_data.IGNORED) for token, label in pairs)
+    words = tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])
+    assert words == ["write", "the", "number", "two", "three", "</s>"]
+    assert [label != -100 for label in rows[0]["labels"]] == [False] * 3 + [True] * 3
+    assert [label != -100 for label in rows[1]["labels"]] == [False] + [True] * 6
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that holds what the test puts into it: (path, config, split) -> rows."""
+    datasets = pytest.importorskip("datasets")
+    stored = {}
+
+    def load_dataset(path, config=None, *, split):
+        return stored[path, config, split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(
+        datasets,
+        "get_dataset_split_names",
+        lambda path, config: [s for p, c, s in stored if (p, c) == (path, config)],
+    )
+    return stored
+
+
+def test_glue_by_name(hub):
+    import datasets
+
+    labels = datasets.ClassLabel(names=["entailment", "not_entailment"])
+    features = datasets.Features(
+        {
+            "sentence1": datasets.Value("string"),
+            "sentence2": datasets.Value("string"),
+            "label": labels,
+        }
+    )
+    rows = [{"sentence1": f"a {i}", "sentence2": "b", "label": 1} for i in range(3)]
+    for split in ("train", "validation"):
+        hub["nyu-mll/glue", "rte", split] = datasets.Dataset.from_list(rows, features)
+    task = finetune_data.load(DataOptions(model="m", dataset="glue/rte"), seed=0)
+    assert task.form == prompts.CLASSIFICATION
+    assert task.labelled.label_names == ["entailment", "not_entailment"]
+    assert [e.label for e in task.labelled.train] == [1, 1, 1]
+    assert (task.labelled.dev[2].text, task.labelled.dev[2].pair) == ("a 2", "b")
+
+
+def test_a_side_is_held_out_where_there_is_none(hub):
+    import datasets
+
+    rows = [{"instruction": f"do {i}", "input": "", "output": f"{i}"} for i in range(30)]
+    hub["tatsu-lab/alpaca", None, "train"] = datasets.Dataset.from_list(rows)
+    options = DataOptions(model="m", dataset="tatsu-lab/alpaca", held_out=5)
+    task = finetune_data.load(options, seed=0)
+    assert len(task.train) == 25 and len(task.held_out) == 5
+    assert not set(task.train) & set(task.held_out)
+    assert finetune_data.load(options, seed=0) == task
+    assert finetune_data.load(options, seed=1) != task
+
+
+def test_train_on_one_set_and_test_on_another(hub):
+    import datasets
+
+    rows = [{"prompt": "x", "completion": "y"}] * 3
+    hub["me/mine", "small", "train"] = datasets.Dataset.from_list(rows)
+    program = {"prompt": "p", "canonical_solution": "s", "test": "t", "entry_point": "f"}
+    hub["openai/openai_humaneval", None, "test"] = datasets.Dataset.from_list([program])
+    options = DataOptions(model="m", dataset="me/mine:small", eval_dataset="openai_humaneval")
+    task = finetune_data.load(options, seed=0)
+    assert task.form == prompts.HUMANEVAL
+    assert len(task.train) == 3 and task.held_out[0].tests == "t\ncheck(f)\n"
+    with pytest.raises(OptionsError, match="has no training side"):
+        finetune_data.load(DataOptions(model="m", dataset="openai_humaneval"), seed=0)
+
+
+def test_rows_that_do_not_fit_name_their_place(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n')
+    options = DataOptions(model="m", train_file=str(path), eval_file=str(path))
+    with pytest.raises(OptionsError, match=r"rows\.jsonl:2: the answer is 3, expected text"):
+        finetune_data.load(options, seed=0)
+
+
+# -- judges ----------------------------------------------------------------------------------------
+
+
+def test_bleu_and_rouge():
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    same = ["the cat sat on the mat", "it is so very good"]
+    assert evaluators.bleu4(same, same) == pytest.approx(100)
+    assert evaluators.rouge1(same, same) == pytest.approx(100)
+    other = ["the cat sat on a hat", "no"]
+    assert 0 < evaluators.bleu4(other, same) < 100
+    # of six words four are met, of the other answer none: F = 4/6
+    assert evaluators.rouge1(other, same) == pytest.approx(100 * (4 / 6) / 2)
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("so 9 * 2 = 18\n#### 18", "18"),
+        ("#### 1,234", "1234"),
+        ("#### -3.50", "-3.5"),
+        ("#### $20.", "20"),
+        ("The answer is 7 apples of 12.", "12"),
+        ("about .5", "0.5"),
+        ("#### none", None),
+        ("", None),
+    ],
+)
+def test_final_number(text, number):
+    assert evaluators.final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_gsm8k_exact_match():
+    references = ["a\n#### 18", "b\n#### 2", "c\n#### 1,000", "no number"]
+    answers = ["it is 18", "#### 3", "#### 1000.0", "no number"]
+    assert evaluators.gsm8k_exact_match(answers, references) == 0.5
+
+
+def test_programs_end_with_their_function():
+    example = prompts.Prompted("def f(x):\n", "", "check(f)\n")
+    answer = "    y = x\n\n    return y\n\nprint(f(3))\ndef g():\n    pass\n"
+    program = evaluators.humaneval_program(example, answer)
+    assert program == "def f(x):\n    y = x\n\n    return y\n\n\ncheck(f)\n"
+
+
+@pytest.mark.parametrize("body, expected", [("    return x + 1\n", 1.0), ("    return x\n", 0.0)])
+def test_pass_at_1(body, expected):
+    row = {
+        "prompt": "def add(x):\n", "canonical_solution": "    return x + 1\n", "entry_point": "add",
+        "test": "def check(candidate):\n    assert candidate(1) == 2\n",
+    }  # fmt: skip
+    assert evaluators.humaneval_pass_at_1([body], [prompts.humaneval(row)]) == expected
+
+
+def test_answers_do_not_depend_on_their_batch(llama_folder):
+    """Padding is on the left, and what the tokenizer and model were set to comes back."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(llama_folder).train()
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    examples = [prompts.Prompted("write " * n + "the sum", "") for n in (1, 5, 9, 2)]
+    options = {"max_length": 32, "max_new_tokens": 5}
+    together = evaluators.write_answers(model, tokenizer, examples, batch_size=3, **options)
+    alone = evaluators.write_answers(model, tokenizer, examples, batch_size=1, **options)
+    assert together == alone
+    assert len(set(alone)) > 1
+    assert tokenizer.padding_side == "right" and model.training
+
+
+# -- programs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("x = 1\nassert x == 1", True),
+        ("import math\nprint(math.pi)", True),
+        ("assert False", False),
+        ("syntax error", False),
+        ("import sys\nsys.exit(0)", False),
+        ("import os\nos._exit(0)", False),
+        ("x = bytearray(1 << 31)", False),
+        ("open('f', 'wb').write(b'x' * (2 << 20))", False),
+        ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))", False),
+        ("import os\nassert 'SECRET' not in os.environ", True),
+    ],
+)
+def test_programs(source, expected, monkeypatch):
+    pytest.importorskip("resource")
+    monkeypatch.setenv("SECRET", "1")
+    assert passes(source, memory_mb=512) is expected
+
+
+def test_a_program_that_hangs_ends_with_what_it_started(tmp_path):
+    pytest.importorskip("resource")
+    note = tmp_path / "pid"
+    source = f"""
+import os, time
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+open({str(note)!r}, "w").write(str(child))
+time.sleep(60)
+"""
+    start = time.monotonic()
+    assert not passes(source, seconds=1.5)
+    assert time.monotonic() - start < 10
+    child = int(note.read_text())
+    for _ in range(50):
+        if not _alive(child):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the program's child is still there")
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return os.path.exists("/proc") is False

@@ -1,0 +1,71 @@
+"""Options from the command line and from a config file."""
+
+import json
+
+import pytest
+
+from hal_peft.finetune_options import METHODS, OptionsError, parse
+
+NEEDED = ["--model", "m", "--dataset", "gsm8k"]
+
+
+def test_the_papers_recipe_is_the_default():
+    _, method, run = parse(NEEDED)
+    assert (method.method, method.rank, method.gamma, method.interval) == (METHODS[0], 3, 0.1, 100)
+    assert (run.learning_rate, run.per_device_train_batch_size) == (1e-5, 64)
+    assert (run.lr_scheduler_type, run.warmup_steps, run.weight_decay) == ("cosine", 500, 0.0)
+    assert run.optim.startswith("adamw_torch")
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_config_file_beneath_the_command_line(suffix, tmp_path):
+    values = {
+        "model": "m", "dataset": "glue/rte", "learning-rate": "3e-4", "target_modules": ["q", "v"],
+        "bf16": False, "rank": 5, "max_steps": None, "lr_scheduler_kwargs": {"num_cycles": 0.25},
+    }  # fmt: skip
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(json.dumps(values).replace('"3e-4"', "3e-4"))
+    data, method, run = parse(["--config", str(path), "--rank", "7"])
+    assert (data.model, data.dataset) == ("m", "glue/rte")
+    assert run.learning_rate == 3e-4  # which YAML itself takes for text
+    assert method.target_modules == ["q", "v"]
+    assert method.rank == 7
+    assert run.lr_scheduler_kwargs == {"num_cycles": 0.25}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rat: 1", r"unknown options \['learning_rat'\]"),
+        ("- model", "holds a list, expected a mapping"),
+        ("{", "--config"),
+    ],
+)
+def test_config_files_that_cannot_be(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(OptionsError, match=message):
+        parse([*NEEDED, "--config", str(path)])
+
+
+def test_a_config_file_that_is_not_there(tmp_path):
+    with pytest.raises(OptionsError, match=r"nowhere\.yaml"):
+        parse([*NEEDED, "--config", str(tmp_path / "nowhere.yaml")])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--method", "dora"], ["--rank", "three"], ["--ran", "3"], ["--no-such", "1"]]
+)
+def test_the_command_line_is_checked(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse([*NEEDED, *arguments])
+    assert exit_info.value.code == 2
+    assert "hal-finetune: error" in capsys.readouterr().err
+
+
+def test_wrong_values_of_a_config_file_are_the_command_lines(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("rank: three")
+    with pytest.raises(SystemExit):
+        parse([*NEEDED, "--config", str(path)])
+    assert "invalid int value: 'three'" in capsys.readouterr().err
