@@ -12,6 +12,7 @@ from .backends import backends
 from .checkpoint import load_adapter, save_adapter
 from .compaction import compact
 from .config import HALConfig
+from .distributed import replicate
 from .export import export_lora
 from .introspection import Factors, factors, penalty, rank_pattern, step
 from .merging import disabled, merge, unmerge
@@ -35,6 +36,7 @@ __all__ = [
     "patch_model",
     "penalty",
     "rank_pattern",
+    "replicate",
     "save_adapter",
     "step",
     "unmerge",

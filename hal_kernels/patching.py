@@ -17,6 +17,7 @@ from .stepping import watch
 from .targets import saved_module_names, target_layers
 
 ATTRIBUTE = "hal"
+_DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def patch_model(
@@ -119,6 +120,10 @@ def attach(model: nn.Module, adapter: HyperAdapter, layers: dict[str, nn.Module]
         layer.__class__ = adapted
     setattr(model, ATTRIBUTE, adapter)
     model.__dict__["_hal_hooks"] = hook_forward(model, adapter, groups)
+    # Or DistributedDataParallel would send the state, which is alike everywhere, with every step.
+    own = [f"{ATTRIBUTE}.{name}" for name, _ in adapter.named_buffers()]
+    ignored = [*getattr(model, _DDP_IGNORED, ()), *own]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
 
 
 def hook_forward(
@@ -152,6 +157,10 @@ def detach_adapter(model: nn.Module) -> HyperAdapter:
         layer.__class__ = slot.original_class
     for handle in owner.__dict__.pop("_hal_hooks"):
         handle.remove()
+    ignored = owner.__dict__.pop(_DDP_IGNORED)
+    others = [name for name in ignored if not name.startswith(f"{ATTRIBUTE}.")]
+    if others:
+        owner.__dict__[_DDP_IGNORED] = others
     delattr(owner, ATTRIBUTE)
     return adapter
 

@@ -272,12 +272,15 @@ def values_of(model):
 def test_scores_by_hand(hypernet, method, schedule, monkeypatch):
     """Of kept and pruned directions, over two micro-batches a step, at every allocation."""
     seen = {}
+    scores_of = allocation._scores
 
-    def capture(tensors):
-        seen["scores"], seen["values"] = tensors[0].clone(), values_of(model)
+    def capture(adapter):
+        scores = scores_of(adapter)
+        seen["scores"], seen["values"] = scores.clone(), values_of(model)
         seen["mask"] = model.hal.mask.clone()
+        return scores
 
-    monkeypatch.setattr(allocation, "average_over_processes", capture)
+    monkeypatch.setattr(allocation, "_scores", capture)
     options = {"prune_per_interval": 1} if schedule == "fixed" else {
         "schedule": "cubic", "total_step": 8, "tfinal": 1
     }  # fmt: skip
@@ -327,21 +330,6 @@ def test_scores_by_hand(hypernet, method, schedule, monkeypatch):
     if hypernet == "bert" and schedule == "cubic":
         pruned = seen["scores"][model.hal.mask == 0]
         assert pruned.any(), "a pruned direction's score is that of its unmasked gradient"
-
-
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_scores_are_averaged_over_processes(hypernet, monkeypatch):
-    """What two processes agree on is what is pruned."""
-    agreed = torch.arange(16.0)
-    monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda scores: scores.copy_(2 * agreed))
-    model = hal_kernels.patch_model(
-        models.net(), 2, init_rank=4, hypernet=hypernet, interval=1, prune_per_interval=5, seed=0
-    )
-    train(model, adam(model), batches(model, 1))
-    assert kept(model) == [0] * 5 + [1] * 11
 
 
 # ---- no waiting for the device -----------------------------------------------------------------

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..config import HALConfig
 from ..ops.ragged import Slots
@@ -24,6 +23,7 @@ from .allocation import allocate, last_allocation
 from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
+from .processes import all_agree, expect_shared, share_state, world_size
 from .recompute import Gradients, Join, Recomputed, Regenerate, Tie, inside_backward
 from .state import State
 from .tensors import all_finite, capturing
@@ -32,7 +32,7 @@ from .tensors import all_finite, capturing
 _TRANSIENT = {
     "_live": None, "_depth": 0, "_stray": None, "_recent": None, "_cache": None,
     "_recomputed": None, "_join_pending": False, "_under_no_grad": False, "_skip": False,
-    "_step_begins": True, "last_penalty": None,
+    "_step_begins": True, "last_penalty": None, "shared": False,
 }  # fmt: skip
 
 
@@ -65,6 +65,8 @@ class HyperAdapter(State):
     _join_pending: bool  # a pass of the model has been opened whose backward has not ended
     _under_no_grad: bool  # this pass's layers ran without a graph (reentrant checkpointing)
     _skip: bool  # the optimizer step under way is being left out
+    process_group: Any = None  # of those that train this together; None: the default group, if any
+    shared: bool  # every process has the first one's state
     last_penalty: torch.Tensor | None  # γ·penalty in the last training forward's loss, if any
     _step_begins: bool  # the next forward is an accumulation window's first
 
@@ -142,6 +144,7 @@ class HyperAdapter(State):
             self._live = self.current()
             return
         if not torch.compiler.is_compiling():
+            share_state(self)
             self._begin_accumulation()
         self._live = self._generate_with_graph()
         self._join_pending = True
@@ -206,8 +209,9 @@ class HyperAdapter(State):
         """γ·penalty to be added to this forward's loss, or None.
 
         Args:
-            counts_once: the loss is normalised over the whole accumulation window already (the
-                caller passed num_items_in_batch): only the window's first micro-batch pays.
+            counts_once: the loss is normalised over the whole accumulation window, of all
+                processes, already (the caller passed num_items_in_batch): only the window's first
+                micro-batch pays.
         """
         live = self._live
         if live is None or self.config.gamma == 0.0 or (counts_once and not self._step_begins):
@@ -215,7 +219,8 @@ class HyperAdapter(State):
         term = self.penalty(live.effective)
         if not torch.compiler.is_compiling():
             self.last_penalty = term.detach()
-        return term
+        # Such a loss was multiplied by the number of processes, which average gradients.
+        return term / world_size(self.process_group) if counts_once else term
 
     @property
     def needs_tie(self) -> bool:
@@ -250,9 +255,6 @@ class HyperAdapter(State):
             for probe in self._probes:
                 if probe.grad is not None:
                     probe.grad = torch.where(gradient != 0, probe.grad, 0.0)
-
-    def _has_gradient(self) -> bool:
-        return any(parameter.grad is not None for parameter in self.parameters())
 
     def _generate(self) -> Packed:
         """factors_{i+1} from the stored factors_i [eqs. 4-6]."""
@@ -352,15 +354,6 @@ class HyperAdapter(State):
 
     # -- optimizer step --------------------------------------------------------------------------
 
-    @property
-    def leading_parameter(self) -> nn.Parameter:
-        """The parameter whose optimizer sets the pace.
-
-        Where several optimizers share the adapter's parameters, it advances once a step. "direct"
-        must do so after Λ has moved: pruned singular values are set back to zero.
-        """
-        return self.lam if isinstance(self.lam, nn.Parameter) else next(self.parameters())
-
     def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip the step if a gradient is NaN or Inf.
 
@@ -372,6 +365,7 @@ class HyperAdapter(State):
                 "gradients of layers that activation checkpointing ran again did not reach the "
                 "adapter: run the backward pass of an output of the patched model itself"
             )
+        expect_shared(self)
         self.skip_if_nonfinite(p for group in optimizer.param_groups for p in group["params"])
 
     def skip_if_nonfinite(self, parameters: Iterable[torch.Tensor] = ()) -> None:
@@ -384,7 +378,8 @@ class HyperAdapter(State):
             return
         watched = [*parameters, *self.parameters(), *self._leaves()]
         stepped = {id(p): p for p in watched}
-        if not all_finite([p.grad for p in stepped.values() if p.grad is not None]):
+        finite = all_finite([p.grad for p in stepped.values() if p.grad is not None])
+        if not all_agree(finite, self.mask.device, self.process_group):
             for parameter in stepped.values():
                 parameter.grad = None
             # If this is the second of several optimizers, the advance is over.
@@ -398,7 +393,7 @@ class HyperAdapter(State):
         if moved and recent is not None and not self._skip:  # else there was nothing to step
             self.steps += 1
             if self._alignment is not None:
-                self._alignment.end_step()
+                self._alignment.end_step(self.process_group)
                 if self.steps == alignment_steps(self.config, self.layout, self.initial_rows):
                     anchors = [self.packed("anchor_")] if self.config.anchored else []
                     self._alignment.write([self.packed(), *anchors])
@@ -482,7 +477,7 @@ class HyperAdapter(State):
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | _TRANSIENT | {"_probes": []}
+        return self.__dict__ | _TRANSIENT | {"_probes": [], "process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from ..stepping import watch  # a copy of a model is trained like the original

@@ -14,13 +14,15 @@ pass: micro-batches add up, checkpointing and autocast change nothing, and G its
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..config import HALConfig
-from .allocation import average_over_processes, pruned_count
+from .allocation import pruned_count
 from .layout import LayerSpec, Layout
 from .packed import LayerFactors, Packed
+from .processes import average_
 
 STEPS = 4  # the gradient of one batch is noisy
 OVERSAMPLING = 8  # columns of a sketch beyond the rank
@@ -78,10 +80,10 @@ class Alignment:
         return [t for pair in self.pairs for t in pair]
 
     @torch.no_grad()
-    def end_step(self) -> None:
+    def end_step(self, process_group: Any) -> None:
         """Add this step's gradients to the sketches, averaged over all processes."""
         gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in self.leaves()]
-        average_over_processes(gradients)
+        average_(gradients, process_group)
         torch._foreach_add_(self.sums, gradients)
 
     def views(self, effective: Sequence[torch.Tensor]) -> list[LayerFactors]:

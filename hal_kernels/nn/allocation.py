@@ -11,6 +11,7 @@ import torch
 from ..config import HALConfig
 from ..ops.importance_scores import importance_scores
 from ..ops.rank_allocation import prune_smallest, update_importance_
+from .processes import average_
 
 if TYPE_CHECKING:
     from .adapter import HyperAdapter
@@ -70,7 +71,6 @@ def allocate(adapter: "HyperAdapter") -> None:
     if count is not None:
         gone = adapter.initial_rows - adapter.layout.rows  # dropped by compaction
         scores = _scores(adapter)
-        average_over_processes([scores])
         adapter.mask.copy_(prune_smallest(scores, max(count - gone, 0)))
     if adapter.direct and (count is not None or adapter.holds_mask):
         adapter.lam.mul_(adapter.mask)
@@ -89,11 +89,15 @@ def _update_importance(adapter: "HyperAdapter") -> None:
 
 
 def _scores(adapter: "HyperAdapter") -> torch.Tensor:
-    """One score per direction, in Λ's order ``[R]``; "fixed": what is pruned stays pruned."""
+    """One score per direction, in Λ's order ``[R]``; "fixed": what is pruned stays pruned.
+
+    The same in every process: σ·∇σ is averaged before its size counts, which gives the score of
+    the joined batch; "ema" averages the scores that each process has gathered.
+    """
     kept = adapter.mask if adapter.config.schedule == "fixed" else None
     if adapter.config.allocation == "ema":
         importance, uncertainty = adapter.packed("importance_"), adapter.packed("uncertainty_")
-        return importance_scores(
+        scores = importance_scores(
             importance.tensors(),
             uncertainty.tensors(),
             adapter.positions_p,
@@ -101,21 +105,13 @@ def _scores(adapter: "HyperAdapter") -> torch.Tensor:
             count_p=len(importance.p),
             mask=kept,
         )
-    scores = adapter.lam.detach()
+        average_([scores], adapter.process_group)
+        return scores
+    scores = adapter.lam.detach().clone()
     if adapter.config.allocation == "sensitivity":
         gradient = adapter.watched().lam.grad
         assert gradient is not None  # or there would be no step
         scores = scores * gradient
+    average_([scores], adapter.process_group)
     scores = scores.abs()
     return scores if kept is None else scores.masked_fill_(kept == 0, -torch.inf)
-
-
-def average_over_processes(tensors: list[torch.Tensor]) -> None:
-    """Mean over all data-parallel processes, in place, so that all choose alike."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        joined = torch.cat([t.flatten() for t in tensors])
-        torch.distributed.all_reduce(joined)
-        joined /= torch.distributed.get_world_size()
-        parts = joined.split([t.numel() for t in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))

@@ -65,6 +65,18 @@ class State(nn.Module):
             ).to(dtype)
 
     @property
+    def leading_parameter(self) -> nn.Parameter:
+        """The parameter whose optimizer sets the pace.
+
+        Where several optimizers share the adapter's parameters, it advances once a step. "direct"
+        must do so after Λ has moved: pruned singular values are set back to zero.
+        """
+        return self.lam if isinstance(self.lam, nn.Parameter) else next(self.parameters())
+
+    def _has_gradient(self) -> bool:
+        return any(parameter.grad is not None for parameter in self.parameters())
+
+    @property
     def norm_first(self) -> bool:
         """Whether the hypernetwork is a pre-LayerNorm one: no other than "bert" has the choice."""
         return self.config.norm_first and self.config.hypernet == "bert"

@@ -1,0 +1,75 @@
+"""Run a function in several processes that torch.distributed connects by gloo."""
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+SECONDS = 60  # that a collective may wait, and a process may take
+
+
+def run(function: Any, world: int, *arguments: Any) -> list[Any]:
+    """`function(rank, world, *arguments)` of every rank: what each returned, in order.
+
+    Raises:
+        AssertionError: a process failed; the message holds every process's traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # One process imports them, from which all others are made in no time.
+    context.set_forkserver_preload(
+        ["transformers.models.bert.modeling_bert", "accelerate", "hal_kernels", "torch._dynamo",
+         "transformers.trainer", "torch.distributed.fsdp"]
+    )  # fmt: skip
+    results = context.SimpleQueue()
+    port = free_port()
+    processes = [
+        context.Process(target=_work, args=(function, rank, world, port, results, arguments))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, tuple[bool, Any]] = {}
+    try:
+        for _ in processes:
+            rank, fine, value = pickle.loads(results.get())
+            found[rank] = (fine, value)
+    finally:
+        for process in processes:
+            process.join(SECONDS)
+            process.kill()
+    failures = [f"rank {rank}:\n{value}" for rank, (fine, value) in found.items() if not fine]
+    assert not failures, "\n".join(failures)
+    return [found[rank][1] for rank in range(world)]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _work(function: Any, rank: int, world: int, port: int, results: Any, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    try:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
+        value = function(rank, world, *arguments)
+        dist.barrier()
+        results.put(pickle.dumps((rank, True, value)))  # tensors too, by value
+    except BaseException:
+        results.put(pickle.dumps((rank, False, traceback.format_exc())))
+    finally:
+        dist.destroy_process_group()
