@@ -88,6 +88,10 @@ def _run(data: DataOptions, method: MethodOptions, run: RunOptions) -> int:
         head_learning_rate=method.head_learning_rate,
         metrics_file=out / "metrics.jsonl",
     )
+    if names is not None:
+        # Classifiers take num_items_in_batch, but divide by nothing: without this, the micro-
+        # batches of an accumulated step would add up instead of being averaged.
+        trainer.model_accepts_loss_kwargs = False
     before = finetune_model.ranks(model, method.method)
     if run.do_train:
         trainer.train(

@@ -50,6 +50,7 @@ class AdapterTrainer(Trainer):
         self.head_learning_rate = head_learning_rate
         self.metrics_file = None if metrics_file is None else Path(metrics_file)
         self._lines_kept = False
+        self._paid_in: int | None = None  # the step whose loss has a penalty from outside the model
         self._penalty_sum: torch.Tensor | None = None  # of the steps since the last log
 
     @property
@@ -77,11 +78,12 @@ class AdapterTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outside = self.label_smoother is not None or self.compute_loss_func is not None
         outside = outside and "labels" in inputs
-        begins = adapter.step_begins
         adapter.last_penalty = None
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         whole_window = self._normalised_over_window(num_items_in_batch)
-        if outside and adapter.config.gamma > 0 and (begins or not whole_window):
+        owed = not whole_window or self._paid_in != self.state.global_step
+        if outside and adapter.config.gamma > 0 and owed:
+            self._paid_in = self.state.global_step
             term = hal_kernels.penalty(model)
             loss = loss + term.to(loss.device, loss.dtype)
             adapter.last_penalty = term.detach()

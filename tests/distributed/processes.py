@@ -4,9 +4,7 @@ import datetime
 import multiprocessing
 import os
 import pickle
-import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ def run(function: Any, world: int, *arguments: Any) -> list[Any]:
     # One process imports them, from which all others are made in no time.
     context.set_forkserver_preload(
         ["transformers.models.bert.modeling_bert", "accelerate", "hal_kernels", "torch._dynamo",
-         "transformers.trainer", "torch.distributed.fsdp"]
+         "hal_peft.trainer", "torch.distributed.fsdp"]
     )  # fmt: skip
     results = context.SimpleQueue()
     port = free_port()
@@ -57,15 +55,19 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _work(function: Any, rank: int, world: int, port: int, results: Any, arguments: Any) -> None:
+def connect(rank: int, world: int, port: int) -> None:
+    """Make this process one of `world`, as a launcher would."""
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
         LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true",
     )  # fmt: skip
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
+
+
+def _work(function: Any, rank: int, world: int, port: int, results: Any, arguments: Any) -> None:
     try:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
+        connect(rank, world, port)
         value = function(rank, world, *arguments)
         dist.barrier()
         results.put(pickle.dumps((rank, True, value)))  # tensors too, by value

@@ -191,3 +191,16 @@ def test_errors_are_one_line(arguments, message, finetune, capsys, monkeypatch):
 def test_options_that_do_not_fit_the_model(more, message, finetune, bert_folder, reviews, capsys):
     assert finetune(*classification(bert_folder, reviews, *more)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_accumulated_micro_batches_are_averaged(finetune, bert_folder, reviews, tmp_path):
+    """Logged at a learning rate of nothing: rows in one batch, or in two, have the same loss."""
+    found = []
+    for rows, micro in ((4, 1), (2, 2)):
+        out = tmp_path / str(micro)
+        arguments = classification(bert_folder, reviews, "--output-dir", out, "--max-steps", 10)
+        more = ("--per-device-train-batch-size", rows, "--gradient-accumulation-steps", micro)
+        assert finetune(*arguments, "--learning-rate", 1e-30, "--logging-steps", 10, *more) == 0
+        found.append(next(e for e in lines(out / "metrics.jsonl") if "loss" in e))
+    assert found[0]["penalty"] == pytest.approx(found[1]["penalty"], rel=1e-4)
+    assert found[0]["task_loss"] == pytest.approx(found[1]["task_loss"], rel=0.1)  # dropout

@@ -1,0 +1,121 @@
+"""FSDP2: the frozen base sharded, what trains held whole by every process."""
+
+import models
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from training import assert_close, trainable
+
+import hal_kernels
+from hal_kernels.nn import hypernet
+
+from .processes import run
+
+STEPS, ROWS, BEFORE = 6, 4, 3  # saved and loaded after BEFORE steps
+KINDS = ("bert", "direct")
+OPTIONS = {"init_rank": 4, "interval": 1, "seed": 0, "dtype": torch.float64}
+
+
+def base():
+    return models.llama(dtype=torch.float64)
+
+
+def patched(kind):
+    model = base()
+    return hal_kernels.patch_model(model, 2, hypernet=kind, **OPTIONS)
+
+
+def optimizer_of(model):
+    return torch.optim.SGD(trainable(model), lr=0.1)
+
+
+def shard(model, world):
+    whole = hal_kernels.replicate(model)
+    mesh = init_device_mesh("cpu", (world,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    return model
+
+
+def train(model, optimizer, first, last, rank, world):
+    losses = []
+    for index in range(first, last):
+        inputs = models.batch(model, ROWS, seed=index)
+        share = ROWS // world
+        mine = {k: v[rank * share : (rank + 1) * share] for k, v in inputs.items()}
+        loss = models.loss_of(model(**mine))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.hal.state_dict().items()}
+
+
+def in_processes(rank, world, folder):
+    hypernet.HIDDEN, hypernet.INNER = 24, 32
+    found = {}
+    for kind in KINDS:
+        model = shard(patched(kind), world)
+        sharded = {n for n, p in model.named_parameters() if isinstance(p, DTensor)}
+        found[kind, "sharded"] = sharded
+        assert isinstance(model.model.layers[0], FSDPModule)
+        optimizer = optimizer_of(model)
+        losses = train(model, optimizer, 0, BEFORE, rank, world)
+        if rank == 0:
+            hal_kernels.save_adapter(model, f"{folder}/{kind}")
+        torch.distributed.barrier()
+        losses += train(model, optimizer, BEFORE, STEPS, rank, world)
+        found[kind] = losses, state(model)
+        again = shard(hal_kernels.load_adapter(base(), f"{folder}/{kind}"), world)
+        rest = train(again, optimizer_of(again), BEFORE, STEPS, rank, world)
+        found[kind, "loaded"] = rest, state(again)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run(in_processes, 2, str(tmp_path_factory.mktemp("adapters")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_is_sharded_and_the_rest_is_whole(kind, ranks):
+    names = {n for n, _ in patched(kind).named_parameters()}
+    assert ranks[0][kind, "sharded"] == {n for n in names if not n.startswith("hal.")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_state_equal_one_process(kind, ranks, monkeypatch):
+    monkeypatch.setattr(hypernet, "HIDDEN", 24)
+    monkeypatch.setattr(hypernet, "INNER", 32)
+    model = patched(kind)
+    losses = train(model, optimizer_of(model), 0, STEPS, 0, 1)
+    means = torch.tensor([rank[kind][0] for rank in ranks]).double().mean(0)
+    # transformers takes this loss of logits in float32: rounding of sums in another order
+    torch.testing.assert_close(means.tolist(), losses, rtol=1e-6, atol=0)
+    for rank in ranks:
+        assert_close(rank[kind][1], state(model), 1e-5)
+        assert torch.equal(rank[kind][1]["mask"], model.hal.mask)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_adapter_goes_on_equally(kind, ranks):
+    for rank in ranks:
+        losses, expected = rank[kind]
+        rest, found = rank[kind, "loaded"]
+        assert rest == losses[BEFORE:]
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+
+
+def test_replicate_needs_processes():
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised"):
+        hal_kernels.replicate(patched("direct"))
+    with pytest.raises(ValueError, match="not patched"):
+        hal_kernels.replicate(base())

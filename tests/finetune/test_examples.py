@@ -1,0 +1,91 @@
+"""The example scripts, each run as a user would, on small settings."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
+LAUNCHER = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+
+
+def run(script, *arguments, launcher=()):
+    """A script's output; it must end well."""
+    paths = [str(EXAMPLES.parents[1]), str(EXAMPLES.parent)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / script), *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_every_example_is_run_here():
+    tested = Path(__file__).read_text()
+    assert all(f'"{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
+
+
+def test_plain_loop(tmp_path):
+    said = run("plain_loop.py", "--steps", 40, "--out", tmp_path)
+    assert "directions kept" in said
+    assert (tmp_path / "adapter.json").exists()
+
+
+def test_trainer_on_rte(bert_folder, tmp_path):
+    from .tiny import write_jsonl
+
+    row = {"sentence1": "the film was good", "sentence2": "it was a film", "label": "entailment"}
+    rows = [row, row | {"sentence2": "it was awful", "label": "not_entailment"}] * 8
+    given = os.environ.get("HAL_DATA")  # the real set, where there is one
+    train = Path(given or tmp_path) / "rte_train.jsonl.gz"
+    dev = Path(given or tmp_path) / "rte_dev.jsonl"
+    if not given:
+        train, dev = (write_jsonl(tmp_path / name, rows) for name in ("train.jsonl", "dev.jsonl"))
+    said = run(
+        "trainer_rte.py", train, dev, "--model", bert_folder, "--steps", 4, "--batch-size", 4,
+        "--rows", 16, "--out", tmp_path,
+    )  # fmt: skip
+    assert "eval_accuracy" in said
+    assert (tmp_path / "lora" / "adapter_config.json").exists()
+
+
+def test_sft_on_alpaca(instructions, tmp_path):
+    pytest.importorskip("trl")
+    options = ("--steps", 3, "--batch-size", 2, "--rows", 8, "--max-length", 256)
+    said = run("sft_alpaca.py", instructions, *options, "--out", tmp_path)
+    assert "q_proj" in said
+    assert (tmp_path / "adapter" / "adapter.json").exists()
+
+
+def test_accelerate_launch(tmp_path):
+    options = ("--steps", 20, "--out", tmp_path)
+    said = run("accelerate_loop.py", *options, launcher=LAUNCHER)
+    assert "2 processes" in said and "39 directions" in said  # 13 layers of rank 3
+    assert (tmp_path / "adapter.json").exists()
+
+
+def test_fused_layer():
+    lines = run("fused_layer.py").splitlines()
+    first, last = (float(lines[index].rpartition(" ")[2]) for index in (0, -1))
+    assert last < first
+    source = (EXAMPLES / "fused_layer.py").read_text()
+    (kind,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+    assert kind.end_lineno - kind.lineno < 20, "it is meant to be short"
+
+
+def test_fused_layer_is_lora():
+    namespace = {"__name__": "fused_layer"}
+    exec((EXAMPLES / "fused_layer.py").read_text(), namespace)
+    layer = namespace["FusedLoRA"](torch.nn.Linear(9, 7), rank=2).double()
+    torch.nn.init.normal_(layer.b)
+    x = torch.randn(3, 9, dtype=torch.float64)
+    expected = layer.base(x) + layer.scaling * (x @ layer.a.T) @ layer.b
+    torch.testing.assert_close(layer(x), expected)
