@@ -7,16 +7,18 @@ every linear layer of a 70B Llama's blocks. An all-reduce of B bytes over N proc
 2·B·(N − 1)/N bytes from each (ring algorithm).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hal_kernels.config import HALConfig
 from hal_kernels.nn.hypernet import Hypernetwork
 
-RANK = 3
-INIT_RANK = 5  # ⌈1.5 · 3⌉
+RANKS = (3, 16)  # adapters start at ⌈1.5 · rank⌉
+INTERVAL = 100  # ΔT
 BYTES = 4  # float32 gradients
 LINK = 50e9  # bytes a second of one 400 Gb/s link a GPU
 GPUS = (8, 64, 256, 1024)
@@ -69,14 +71,16 @@ def sent(size: float, gpus: int) -> float:
     return 2 * size * (gpus - 1) / gpus
 
 
-def hypernetwork_parameters(shapes: Sequence[Shape], init_rank: int = INIT_RANK) -> int:
+def hypernetwork_parameters(shapes: Sequence[Shape], init_rank: int) -> int:
     """|Φ|: depends on the distinct widths, and on the directions (Λ's embedding), not on depth."""
+    config = HALConfig()
     with torch.device("meta"):
         made = Hypernetwork(
-            "bert",
+            config.hypernet,
             sorted({shape.d_in for shape in shapes}),
             sorted({shape.d_out for shape in shapes}),
             directions(shapes, init_rank),
+            lam_offsets=config.anchored and config.lam_offsets,
             zero_output=False,
         )
     return sum(p.numel() for p in made.parameters())
@@ -94,20 +98,19 @@ def factor_parameters(shapes: Sequence[Shape], rank: int) -> int:
 
 def rows() -> list[dict[str, Any]]:
     """One row a method: parameters, and bytes a step by number of GPUs."""
-    r = directions(LLAMA_70B, INIT_RANK)
-    methods = {
-        "hypernetworks (rank 3)": hypernetwork_parameters(LLAMA_70B),
-        "AdaLoRA (rank 3)": factor_parameters(LLAMA_70B, INIT_RANK) + r,
-        "AdaLoRA (rank 16)": factor_parameters(LLAMA_70B, 24) + directions(LLAMA_70B, 24),
-        "LoRA (rank 3)": factor_parameters(LLAMA_70B, 3),
-        "LoRA (rank 16)": factor_parameters(LLAMA_70B, 16),
-    }
-    found = []
-    for name, parameters in methods.items():
+    found: list[dict[str, Any]] = []
+
+    def add(method: str, parameters: int, directions: int) -> None:
         # R scores, every ΔT steps; one number that says whether a step counts, every step.
-        extra = 4 * r / 100 + 4 if name.startswith("hyper") else 0.0
-        size = parameters * BYTES + extra
-        found.append({"method": name, "parameters": parameters, "bytes": size})
+        size = BYTES * (parameters + directions / INTERVAL + 1)
+        found.append({"method": method, "parameters": parameters, "bytes": size})
+
+    for rank in RANKS:
+        init_rank = math.ceil(1.5 * rank)
+        r = directions(LLAMA_70B, init_rank)
+        add(f"hypernetworks, rank {rank}", hypernetwork_parameters(LLAMA_70B, init_rank), r)
+        add(f"AdaLoRA, rank {rank}", factor_parameters(LLAMA_70B, init_rank) + r, r)
+        add(f"LoRA, rank {rank}", factor_parameters(LLAMA_70B, rank), 0)
     return found
 
 
@@ -125,8 +128,8 @@ def table() -> str:
             f"| {row['method']} | {row['parameters']:,} | {' | '.join(cells)} "
             f"| {1e3 * sizes[-1] / LINK:.1f} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), end="")

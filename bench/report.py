@@ -3,7 +3,8 @@
     python -m bench.report [--check]
 
 Rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in README.md and docs/,
-from the newest row of each kind. ``--check`` changes nothing, and fails if a table is out of date.
+from the newest row of each kind; one is computed (`bench.communication`). ``--check`` changes
+nothing, and fails if a table is out of date.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import communication
 from .common import RESULTS
 from .convergence import WINDOW, reached
 
@@ -118,6 +120,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "convergence-tuned": lambda: convergence("convergence", "sst2", (0, 1, 2)),
     "convergence-fresh": lambda: convergence("convergence", "sst2", (3, 4, 5)),
     "convergence-trials": lambda: convergence("convergence_trials", "sst2", (0, 1, 2)),
+    "communication": communication.table,
 }
 
 

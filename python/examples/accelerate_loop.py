@@ -1,6 +1,8 @@
 """A loop of one's own on several processes, by accelerate.
 
-accelerate launch --num_processes 2 --cpu python/examples/accelerate_loop.py --steps 100
+    accelerate launch --multi_gpu --num_processes 2 python/examples/accelerate_loop.py --steps 100
+
+Without a GPU the same command makes processes on the CPU, which gloo connects.
 """
 
 import argparse
@@ -50,6 +52,7 @@ def main() -> None:
         hal_kernels.save_adapter(accelerator.unwrap_model(model), options.out)
         kept = sum(hal_kernels.rank_pattern(model).values())
         print(f"{accelerator.num_processes} processes: loss {loss.item():.4f}, {kept} directions")
+    accelerator.wait_for_everyone()  # or one process may take its connections down too early
     accelerator.end_training()
 
 

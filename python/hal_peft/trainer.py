@@ -17,6 +17,7 @@ from transformers import Trainer
 
 import hal_kernels
 from hal_kernels.nn import HyperAdapter
+from hal_kernels.patching import ATTRIBUTE
 
 
 class AdapterTrainer(Trainer):
@@ -29,7 +30,8 @@ class AdapterTrainer(Trainer):
     - With ``label_smoothing_factor`` or ``compute_loss_func``, where the loss is computed outside
       the model, it adds the penalty.
 
-    A model that is not patched is trained and saved as by Trainer.
+    A model that is not patched is trained and saved as by Trainer, also one that PEFT holds an
+    adapter of.
 
     Args:
         head_learning_rate: of the modules trained in full beside the adapter (a new classifier);
@@ -62,6 +64,11 @@ class AdapterTrainer(Trainer):
     def _module(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
         return self.model
+
+    @property
+    def _patched(self) -> bool:
+        """Whether `patch_model` made the adapter: PEFT saves what it holds itself."""
+        return any(ATTRIBUTE in m._modules for m in self._module.modules())
 
     # -- loss ------------------------------------------------------------------------------------
 
@@ -151,7 +158,7 @@ class AdapterTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        if self.adapter is None:
+        if not self._patched:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
@@ -162,13 +169,13 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        if self.adapter is None:
+        if not self._patched:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             hal_kernels.load_adapter(self._module, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.adapter is None:
+        if not self._patched:
             super()._load_best_model()
         else:
             assert self.state.best_model_checkpoint is not None

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "python" / "examples"
-LAUNCHER = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+LAUNCHER = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCHER += ["--main_process_port", "0"]  # a free one
 
 
 def run(script, *arguments, launcher=()):
