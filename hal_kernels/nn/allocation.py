@@ -107,11 +107,13 @@ def _scores(adapter: "HyperAdapter") -> torch.Tensor:
         )
         average_([scores], adapter.process_group)
         return scores
-    scores = adapter.lam.detach().clone()
-    if adapter.config.allocation == "sensitivity":
+    if adapter.config.allocation == "magnitude":
+        scores = adapter.lam.detach().abs()
+        average_([scores], adapter.process_group)
+    else:
         gradient = adapter.watched().lam.grad
         assert gradient is not None  # or there would be no step
-        scores = scores * gradient
-    average_([scores], adapter.process_group)
-    scores = scores.abs()
+        scores = adapter.lam.detach() * gradient
+        average_([scores], adapter.process_group)
+        scores = scores.abs()
     return scores if kept is None else scores.masked_fill_(kept == 0, -torch.inf)
