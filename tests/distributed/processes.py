@@ -25,10 +25,10 @@ def run(function: Any, world: int, *arguments: Any) -> list[Any]:
         ["transformers.models.bert.modeling_bert", "accelerate", "hal_kernels", "torch._dynamo",
          "hal_peft.trainer", "torch.distributed.fsdp"]
     )  # fmt: skip
-    results = context.SimpleQueue()
+    results, over = context.SimpleQueue(), context.Event()
     port = free_port()
     processes = [
-        context.Process(target=_work, args=(function, rank, world, port, results, arguments))
+        context.Process(target=_work, args=(function, rank, world, port, results, over, arguments))
         for rank in range(world)
     ]
     for process in processes:
@@ -39,6 +39,7 @@ def run(function: Any, world: int, *arguments: Any) -> list[Any]:
             rank, fine, value = pickle.loads(results.get())
             found[rank] = (fine, value)
     finally:
+        over.set()
         for process in processes:
             process.join(SECONDS)
             process.kill()
@@ -65,13 +66,15 @@ def connect(rank: int, world: int, port: int) -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
 
 
-def _work(function: Any, rank: int, world: int, port: int, results: Any, arguments: Any) -> None:
+def _work(
+    function: Any, rank: int, world: int, port: int, results: Any, over: Any, arguments: Any
+) -> None:
     try:
         connect(rank, world, port)
         value = function(rank, world, *arguments)
-        dist.barrier()
         results.put(pickle.dumps((rank, True, value)))  # tensors too, by value
     except BaseException:
         results.put(pickle.dumps((rank, False, traceback.format_exc())))
-    finally:
-        dist.destroy_process_group()
+    over.wait(SECONDS)  # the others may still need this process's connections
+    # Taking a gloo group down can wait for ever: for its thread, which waits for the interpreter.
+    os._exit(0)

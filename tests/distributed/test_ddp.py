@@ -9,7 +9,6 @@ from training import assert_close, gradients, trainable
 import hal_kernels
 from bench.communication import Counter
 from hal_kernels.nn import hypernet
-from hal_kernels.nn.allocation import last_allocation
 
 from .processes import run
 
@@ -18,6 +17,7 @@ STEPS, ROWS = 5, 2  # rows a process and step
 CASES = {
     "direct": ("direct", None, {}),
     "bert": ("bert", None, {}),
+    "bert aligned": ("bert", None, {"interval": 4}),  # directions are chosen in three steps
     "bert magnitude": ("bert", None, {"allocation": "magnitude"}),
     "bert ema": ("bert", None, {"allocation": "ema"}),
     "direct ema": ("direct", None, {"allocation": "ema"}),
@@ -37,9 +37,8 @@ def build(case, seed=0):
     model = models.bert(dtype=torch.float64)
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    hal_kernels.patch_model(
-        model, 2, hypernet=kind, init_rank=4, interval=1, seed=seed, dtype=torch.float64, **options
-    )
+    settings = {"init_rank": 4, "interval": 1, "seed": seed, "dtype": torch.float64} | options
+    hal_kernels.patch_model(model, 2, hypernet=kind, **settings)
     # no Adam: it divides by gradients that only rounding may have made other than zero
     return model, torch.optim.SGD(trainable(model), lr=0.1)
 
@@ -129,8 +128,7 @@ def odd_processes(rank, world):
         with Counter() as counter:
             steps(model, wrapped, optimizer, rank, world, ROWS * world)
         size = sum(8 * p.numel() for p in trainable(model))
-        layers = len(model.hal.layout.layers)
-        allocations = last_allocation(model.hal.config, layers) - STEPS
+        allocations = model.hal.last_allocation - STEPS
         assert 0 < allocations < STEPS
         found[f"sent {case}"] = (counter.bytes, size, allocations * 8 * model.hal.layout.rows)
 

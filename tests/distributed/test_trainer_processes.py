@@ -132,7 +132,7 @@ def test_a_killed_process_ends_the_others_and_any_number_goes_on(small, tmp_path
     when, words = results.get(timeout=SECONDS + 10)
     assert when - died < SECONDS
     assert "Connection closed by peer" in words or "Connection reset" in words, words
-    started[0].join(10)
+    started[0].kill()
 
     whole = trainer(str(tmp_path / "whole"), 1)
     whole.train()
