@@ -1,10 +1,11 @@
 """The methods that are compared, each as one training step in measured phases.
 
-All share the base model (built from one seed), the batch, the trained classifier and AdamW.
+All share the frozen weights of one base model, the batch, the trained classifier and AdamW.
 `frozen` trains the classifier alone; `floor` also computes the gradient of every layer's input,
 which any adapter in the first layer needs.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,24 +15,12 @@ from torch import nn
 import hal_kernels
 
 from .common import Clock
+from .models import Base
 
 METHODS = ("frozen", "floor", "lora", "adalora", "hal-direct", "hal-hyper")
+ALL_METHODS = ("frozen", "floor", "lora", "dora", "adalora", "hal-direct", "hal-hyper")
 RANK, INIT_RANK, INTERVAL = 3, 5, 10
 TOTAL_STEPS = 10_000  # nothing is pruned for good while we measure, as early in a real run
-TARGETS = r".*encoder\.layer\..*(query|key|value|dense)"
-
-
-def roberta_base() -> nn.Module:
-    """RoBERTa-base with random weights and a two-class head: 12 layers, 72 linear layers."""
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model: nn.Module = RobertaForSequenceClassification(config)
-    return model
 
 
 def batch_of(rows: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -47,6 +36,8 @@ def build(
     targets: str,
     head: str,
     *,
+    rank: int = RANK,
+    init_rank: int = INIT_RANK,
     interval: int = INTERVAL,
     total_step: int = TOTAL_STEPS,
     tfinal: int = TOTAL_STEPS // 10,
@@ -59,17 +50,21 @@ def build(
             embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
             embeddings.register_forward_hook(lambda m, args, output: output.requires_grad_(True))
         return model
-    if name in ("lora", "adalora"):
+    if name in ("lora", "dora", "adalora"):
         from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
         common: dict[str, Any] = {
             "lora_alpha": 8, "target_modules": targets,
             "task_type": "SEQ_CLS",  # without one PEFT leaves its penalty out
         }  # fmt: skip
-        config = LoraConfig(r=RANK, **common) if name == "lora" else AdaLoraConfig(
-            init_r=INIT_RANK, target_r=RANK, orth_reg_weight=0.1, deltaT=interval, tinit=0,
-            tfinal=tfinal, total_step=total_step, **common,
-        )  # fmt: skip
+        config: Any
+        if name == "adalora":
+            config = AdaLoraConfig(
+                init_r=init_rank, target_r=rank, orth_reg_weight=0.1, deltaT=interval, tinit=0,
+                tfinal=tfinal, total_step=total_step, **common,
+            )  # fmt: skip
+        else:
+            config = LoraConfig(r=rank, use_dora=name == "dora", **common)
         return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
     options: dict[str, Any] = {"hypernet": "bert", "schedule": "fixed"}
     if name == "hal-direct":  # AdaLoRA's own method
@@ -78,39 +73,49 @@ def build(
             "schedule": "cubic", "total_step": total_step, "tfinal": tfinal,
         }  # fmt: skip
     return hal_kernels.patch_model(
-        model, RANK, init_rank=INIT_RANK, targets=targets, modules_to_save=(head,),
+        model, rank, init_rank=init_rank, targets=targets, modules_to_save=(head,),
         interval=interval, seed=0, **options,
     )  # fmt: skip
 
 
-class Method:
-    """One method around its own copy of the model."""
+def sharing(model: nn.Module, head: str) -> nn.Module:
+    """A copy of `model` with a head of its own, around the same other parameters and buffers."""
+    own = {id(p) for p in model.get_submodule(head).parameters()}
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(t): t for t in tensors if id(t) not in own})
 
-    def __init__(self, name: str, device: torch.device) -> None:
+
+class Method:
+    """One method on the frozen weights of `model`, which other methods may use as well."""
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        base: Base,
+        device: torch.device,
+        *,
+        rank: int = RANK,
+        init_rank: int = INIT_RANK,
+    ) -> None:
         self.name, self.clock, self.steps = name, Clock(), 0
-        self.last_penalty = torch.zeros(())
-        model: Any = build(name, roberta_base(), TARGETS, "classifier").to(device)
+        own = sharing(model, base.head)
+        adapted: Any = build(name, own, base.targets, base.head, rank=rank, init_rank=init_rank)
+        adapted = adapted.to(device)
         self.allocate: Callable[[], None] | None = None
         if name == "adalora":
-            tuner = model.base_model
+            tuner = adapted.base_model
             tuner.model.forward = self.clock.wrap("inner forward", tuner.model.forward)
             self.allocate = lambda: tuner.update_and_allocate(self.steps)
         elif name.startswith("hal"):
-            self._time_phases(model.hal)
-        self.model: nn.Module = model.train()
-        trained = [p for p in model.parameters() if p.requires_grad]
+            self._time_phases(adapted.hal)
+        self.model: nn.Module = adapted.train()
+        trained = [p for p in adapted.parameters() if p.requires_grad]
         self.trained_parameters = sum(p.numel() for p in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
     def _time_phases(self, adapter: Any) -> None:
-        loss_term = adapter.loss_term
-
-        def remembered(**kwargs: Any) -> torch.Tensor:
-            term: torch.Tensor = loss_term(**kwargs)
-            self.last_penalty = term.detach()
-            return term
-
-        adapter.loss_term = self.clock.wrap("penalty", remembered)
+        adapter.loss_term = self.clock.wrap("penalty", adapter.loss_term)
         adapter.after_optimizer_step = self.clock.wrap("allocation", adapter.after_optimizer_step)
 
     def step(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -119,15 +124,16 @@ class Method:
         clock = self.clock
         with clock.phase("step"):
             with clock.phase("forward"):
-                self.loss = self.model(**batch).loss
+                out = self.model(**batch)
             with clock.phase("backward"):
-                self.loss.backward()
+                out.loss.backward()
             with clock.phase("optimizer"):
                 self.optimizer.step()
             if self.allocate is not None:
                 with clock.phase("allocation"):
                     self.allocate()
             self.optimizer.zero_grad()
+        self.logits = out.logits.detach()
         seconds = clock.take()
         if "inner forward" in seconds:  # PEFT adds its penalty around the model's forward
             seconds["penalty"] = seconds["forward"] - seconds.pop("inner forward")

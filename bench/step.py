@@ -11,25 +11,24 @@ the GPU's time for one, or the products of the encoder's layers at its matrix ra
 longer.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from hal_kernels.kernels.configs import architecture_of
 from hal_kernels.kernels.traffic import gemm
 
-from .common import append_row, in_own_process, interleaved, parser, peak_memory_mb, summary
-from .methods import METHODS, Method, batch_of
+from .common import append_row, parser
+from .methods import METHODS
+from .models import roberta_base
 from .operators import rates
 from .report import rows as rows_of
+from .training_step import PHASES, measure, memory_of, this_device
 
-PHASES = ("forward", "penalty", "backward", "optimizer", "allocation")
 BOUNDS = [  # (method, reference, batch, largest ratio of median step times)
     ("hal-direct", "adalora", 1, 0.78),
     ("hal-direct", "adalora", 8, 0.78),
@@ -37,61 +36,6 @@ BOUNDS = [  # (method, reference, batch, largest ratio of median step times)
     ("hal-direct", "floor", 8, 1.07),
     ("hal-hyper", "adalora", 8, 0.85),
 ]
-
-
-def measure(batch: int, length: int, repeats: int, warmup: int) -> dict[str, Any]:
-    """Times of all methods at one batch size, and what was trained."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    methods = {name: Method(name, device) for name in METHODS}
-    rows = batch_of(batch, length, device)
-    steps = {name: (lambda m=method: m.step(rows)) for name, method in methods.items()}
-    losses: dict[str, float] = {}
-    samples: dict[str, list[dict[str, float]]] = {}
-    with Progress(transient=True) as progress:
-        task = progress.add_task(f"batch {batch}", total=repeats + warmup)
-        for measured in interleaved(steps, repeats, warmup):
-            samples = measured
-            if not losses:
-                losses = {name: first_loss(method) for name, method in methods.items()}
-                check(losses)
-            progress.advance(task)
-    return {
-        name: {
-            "step": summary([s["step"] for s in samples[name]]),
-            "phases": {
-                phase: summary([s[phase] for s in samples[name]])
-                for phase in PHASES
-                if phase in samples[name][0]
-            },
-            "first_loss": losses[name],
-            "trained_parameters": method.trained_parameters,
-        }
-        for name, method in methods.items()
-    }
-
-
-def first_loss(method: Method) -> float:
-    """The loss of the step just taken, without this library's penalty."""
-    return float(method.loss.detach()) - float(method.last_penalty)
-
-
-def check(losses: dict[str, float]) -> None:
-    """All methods start as the identity, so their first losses agree (no penalty in LoRA's)."""
-    reference = losses["frozen"]
-    for name, loss in losses.items():
-        # fp32 sums in another order; AdaLoRA's loss holds a penalty, compared in the parity tests
-        if name != "adalora" and abs(loss - reference) > 1e-4 * abs(reference):
-            raise SystemExit(f"{name} starts at loss {loss}, the frozen model at {reference}")
-
-
-def memory(name: str, batch: int, length: int) -> None:
-    """Print the peak memory of a few steps as JSON (run in a process of its own)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = Method(name, device)
-    rows = batch_of(batch, length, device)
-    for _ in range(3):
-        method.step(rows)
-    print(json.dumps({"peak_mb": peak_memory_mb()}))
 
 
 def missed(results: dict[str, Any], batch: int) -> list[str]:
@@ -115,7 +59,7 @@ def ratio_of(results: dict[str, Any], method: str, reference: str) -> float:
 
 def least_ms(batch: int, length: int) -> dict[str, float]:
     """The predicted time of a step, for the methods whose launches were counted."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     counts = rows_of("launches", model="roberta")
     if not counts:
         return {}
@@ -159,23 +103,17 @@ def main() -> int:
     options.add_argument("--length", type=int, default=128, help="tokens a row")
     options.add_argument("--repeats", type=int, default=20)
     options.add_argument("--warmup", type=int, default=3)
-    options.add_argument("--memory", choices=METHODS, help="print one method's peak memory")
     arguments = options.parse_args()
-    if arguments.memory:
-        memory(arguments.memory, arguments.batch[0], arguments.length)
-        return 0
     if arguments.quick:
         arguments.batch, arguments.repeats, arguments.warmup = [1], 3, 1
     console, misses = Console(), []
     for batch in arguments.batch:
-        results = measure(batch, arguments.length, arguments.repeats, arguments.warmup)
+        results = measure(
+            roberta_base(), METHODS, batch, arguments.length, arguments.repeats, arguments.warmup
+        )
         if not arguments.quick:
             for name in METHODS:
-                own = in_own_process(
-                    "bench.step", "--memory", name, "--batch", str(batch),
-                    "--length", str(arguments.length),
-                )  # fmt: skip
-                results[name] |= own
+                results[name] |= memory_of(name, batch, arguments.length)
         console.print(table(results, batch, arguments.length))
         if not arguments.no_save:
             row = {"batch": batch, "length": arguments.length, "repeats": arguments.repeats}

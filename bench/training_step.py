@@ -1,0 +1,109 @@
+"""Training steps of several methods on one base model: timed in turn, checked, and their memory."""
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch.nn.functional import cross_entropy
+
+from .common import in_own_process, interleaved, summary
+from .methods import INIT_RANK, RANK, Method, batch_of
+from .models import Base
+
+PHASES = ("forward", "penalty", "backward", "optimizer", "allocation")
+# Relative difference of first losses: sums in another order, rounded to what the layers return.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def this_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure(
+    base: Base,
+    methods: Sequence[str],
+    batch: int,
+    length: int,
+    repeats: int,
+    warmup: int,
+    *,
+    rank: int = RANK,
+    init_rank: int = INIT_RANK,
+) -> dict[str, Any]:
+    """Times of the methods at one batch size, by method.
+
+    Raises:
+        SystemExit: a method does not compute what it should; nothing is returned then.
+    """
+    device = this_device()
+    model = base.build(device)
+    running = {
+        name: Method(name, model, base, device, rank=rank, init_rank=init_rank) for name in methods
+    }
+    rows = batch_of(batch, length, device)
+    steps = {name: (lambda m=method: m.step(rows)) for name, method in running.items()}
+    first: dict[str, float] = {}
+    samples: dict[str, list[dict[str, float]]] = {}
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"{base.name}, batch {batch}", total=repeats + warmup)
+        for measured in interleaved(steps, repeats, warmup):
+            samples = measured
+            if not first:
+                first = losses(running, rows)
+                check_start(first, TOLERANCE[base.dtype])
+            progress.advance(task)
+    last = losses(running, rows)
+    check_end(first, last, TOLERANCE[base.dtype])
+    return {
+        name: {
+            "step": summary([s["step"] for s in samples[name]]),
+            "phases": {
+                phase: summary([s[phase] for s in samples[name]])
+                for phase in PHASES
+                if phase in samples[name][0]
+            },
+            "first_loss": first[name],
+            "last_loss": last[name],
+            "trained_parameters": method.trained_parameters,
+        }
+        for name, method in running.items()
+    }
+
+
+def losses(methods: dict[str, Method], rows: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The task's loss in the step just taken, without any penalty."""
+    return {
+        name: float(cross_entropy(method.logits.float(), rows["labels"]))
+        for name, method in methods.items()
+    }
+
+
+def check_start(first: dict[str, float], tolerance: float) -> None:
+    """All methods start as the identity, so their first losses agree."""
+    reference = next(iter(first.values()))
+    for name, loss in first.items():
+        if not abs(loss - reference) <= tolerance * abs(reference):
+            raise SystemExit(f"{name} starts at loss {loss}, {next(iter(first))} at {reference}")
+
+
+def check_end(first: dict[str, float], last: dict[str, float], tolerance: float) -> None:
+    """Steps on one and the same batch, without dropout, bring its loss down."""
+    for name, loss in last.items():
+        if not loss <= first[name] * (1 + tolerance):
+            raise SystemExit(f"{name}: the loss of the batch went from {first[name]} to {loss}")
+
+
+def memory_of(method: str, batch: int, length: int, *model: str) -> dict[str, Any]:
+    """Peak memory of a few steps of one method, in a process of its own: see bench.memory.
+
+    Args:
+        model: its options of bench.memory.
+    """
+    gc.collect()  # models measured before, which would take that process's memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return in_own_process(
+        "bench.memory", "--method", method, "--batch", str(batch), "--length", str(length), *model
+    )

@@ -1,0 +1,95 @@
+"""The suites that reproduce the paper's tables: their checks can fail, their rows stay."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # bench is no installed package
+
+from bench import models, table7, training_step  # noqa: E402
+from bench.methods import ALL_METHODS  # noqa: E402
+
+
+def tiny_roberta():
+    return models.roberta_base(layers=2, width=64, vocabulary=60_000, length=64)
+
+
+def test_all_methods_share_the_frozen_weights_and_pass_the_checks():
+    base = tiny_roberta()
+    found = training_step.measure(base, ALL_METHODS, batch=2, length=8, repeats=2, warmup=1)
+    assert list(found) == list(ALL_METHODS)
+    assert len({round(result["first_loss"], 4) for result in found.values()}) == 1
+    assert all(result["step"]["median_ms"] > 0 for result in found.values())
+
+
+def test_a_method_that_is_not_the_identity_writes_no_speed(monkeypatch):
+    build = training_step.Method.step
+
+    def wrong(self, batch):
+        seconds = build(self, batch)
+        self.logits = self.logits + torch.tensor([1.0, 0.0]) * (self.name == "hal-direct")
+        return seconds
+
+    monkeypatch.setattr(training_step.Method, "step", wrong)
+    with pytest.raises(SystemExit, match="hal-direct starts at loss"):
+        training_step.measure(
+            tiny_roberta(), ["frozen", "hal-direct"], batch=2, length=8, repeats=1, warmup=0
+        )
+
+
+@pytest.mark.parametrize("loss", [0.8, float("nan")])
+def test_a_loss_that_rises_is_seen(loss):
+    training_step.check_end({"lora": 0.7}, {"lora": 0.69}, 1e-4)
+    with pytest.raises(SystemExit, match="lora: the loss of the batch went"):
+        training_step.check_end({"lora": 0.7}, {"lora": loss}, 1e-4)
+
+
+def test_models_of_real_shapes():
+    """Parameters without the heads, as published: 124.6 M, 183.8 M, 7.5 B, 7.07 B, 14.0 B."""
+    sizes = {name: base().parameters / 1e9 for name, base in models.BASES.items()}
+    assert sizes == pytest.approx(
+        {
+            "roberta-base": 0.1246, "deberta-v3-base": 0.1844, "llama-3.1-8b": 7.505,
+            "qwen2.5-7b": 7.071, "qwen2.5-14b": 13.99,
+        },
+        rel=5e-3,
+    )  # fmt: skip
+
+
+def test_a_model_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        models.psutil, "virtual_memory", lambda: type("M", (), {"available": 2**30})
+    )
+    models.roberta_base().require_memory(torch.device("cpu"))
+    with pytest.raises(
+        SystemExit, match=r"llama-3.1-8b: the weights need 14.0 GiB in torch.bfloat"
+    ):
+        models.llama_31_8b().require_memory(torch.device("cpu"))
+
+
+def test_table7_keeps_what_ran_out_of_memory_out_of_the_timing(tmp_path, monkeypatch):
+    peaks = {"frozen": {"peak_mb": 1.0}, "dora": {"out_of_memory": True}, "lora": {"peak_mb": 2.0}}
+    asked = []
+
+    def measure(base, methods, batch, *rest):
+        asked.append((batch, methods))
+        if batch == 2:
+            raise KeyboardInterrupt  # what is measured by then stays
+        step = {"median_ms": 3.0, "q1_ms": 2.0, "q3_ms": 4.0}
+        return {n: {"step": step, "first_loss": 1.0, "last_loss": 0.5} for n in methods}
+
+    monkeypatch.setattr(table7, "memory_of", lambda name, *rest: dict(peaks[name]))
+    monkeypatch.setattr(table7, "measure", measure)
+    arguments = ["table7", "--batch", "1", "2", "--method", *peaks, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(KeyboardInterrupt):
+        table7.main()
+    assert asked == [(1, ["frozen", "lora"]), (2, ["frozen", "lora"])]
+    (row,) = map(json.loads, (tmp_path / "table7.jsonl").read_text().splitlines())
+    assert row["methods"]["dora"] == {"out_of_memory": True}
+    assert row["methods"]["lora"]["peak_mb"] == 2.0
+    assert row["methods"]["lora"]["step"]["median_ms"] == 3.0
