@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ GRIDS = {  # factor-3 steps; the paper's 1e-5 is in all of them
 KEYS = ("task", "method", "lr", "seed", "steps", "init_rank", "model")
 
 
-def build(method: str, model: Any, init_rank: int, seed: int, steps: int) -> tuple[Any, Any]:
+def build(
+    method: str, model: Any, init_rank: int, seed: int, steps: int, gamma: float = GAMMA
+) -> tuple[Any, Any]:
     """(adapted model, what is called after each step)."""
     from hal_peft.demo_methods import HEADS, adapted_layers
 
@@ -63,7 +65,7 @@ def build(method: str, model: Any, init_rank: int, seed: int, steps: int) -> tup
         torch.manual_seed(seed)
         config = AdaLoraConfig(
             task_type="SEQ_CLS", target_modules=targets, modules_to_save=list(HEADS),
-            init_r=init_rank, target_r=3, orth_reg_weight=GAMMA, deltaT=interval,
+            init_r=init_rank, target_r=3, orth_reg_weight=gamma, deltaT=interval,
             lora_alpha=ALPHA * init_rank / 3,  # type: ignore[arg-type]
             tinit=steps // 10, tfinal=steps // 3, total_step=steps,
         )  # fmt: skip
@@ -73,13 +75,23 @@ def build(method: str, model: Any, init_rank: int, seed: int, steps: int) -> tup
         return adapted, after
     hal_kernels.patch_model(
         model, 3, init_rank=init_rank, targets=targets, modules_to_save=HEADS, alpha=ALPHA,
-        gamma=GAMMA, interval=interval, seed=seed, **METHODS[method],
+        gamma=gamma, interval=interval, seed=seed, **METHODS[method],
     )  # fmt: skip
     return model, lambda step: None
 
 
-def run(key: dict[str, Any], source: str, data: Path) -> dict[str, Any]:
-    """Train once; the loss (without the penalty) and the seconds at each step, and accuracies."""
+def run(
+    key: dict[str, Any],
+    source: str,
+    data: Path,
+    look: Callable[[Any], dict[str, Any]] = lambda model: {},
+) -> dict[str, Any]:
+    """Train once; the loss (without the penalty) and the seconds at each step, and accuracies.
+
+    Args:
+        key: the row's fields; "gamma" where it is not GAMMA.
+        look: what it finds in the trained model, in evaluation mode, joins the result.
+    """
     from torch.nn.functional import cross_entropy
     from transformers import get_cosine_schedule_with_warmup
 
@@ -91,7 +103,9 @@ def run(key: dict[str, Any], source: str, data: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     train, dev = (encode(tokenizer, rows, LENGTH) for rows in (found.train, found.dev))
     base = load_base(source, len(found.label_names), key["seed"])
-    model, after = build(key["method"], base, key["init_rank"], key["seed"], key["steps"])
+    model, after = build(
+        key["method"], base, key["init_rank"], key["seed"], key["steps"], key.get("gamma", GAMMA)
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -118,7 +132,8 @@ def run(key: dict[str, Any], source: str, data: Path) -> dict[str, Any]:
         seconds.append(round(time.perf_counter() - start, 5))
         losses.append(round(float(cross_entropy(out.logits.detach(), batch["labels"])), 5))
     model.eval()
-    return {"losses": losses, "seconds": seconds, "accuracy": accuracy(model, tokenizer, dev)}
+    result = {"losses": losses, "seconds": seconds, "accuracy": accuracy(model, tokenizer, dev)}
+    return result | look(model)
 
 
 def _file(folder: Path, task: str, part: str) -> Path:

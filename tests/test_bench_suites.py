@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no installed package
 
-from bench import models, table7, training_step  # noqa: E402
+from bench import models, similarity, table7, training_step  # noqa: E402
 from bench.methods import ALL_METHODS  # noqa: E402
 
 
@@ -93,3 +93,21 @@ def test_table7_keeps_what_ran_out_of_memory_out_of_the_timing(tmp_path, monkeyp
     assert row["methods"]["dora"] == {"out_of_memory": True}
     assert row["methods"]["lora"]["peak_mb"] == 2.0
     assert row["methods"]["lora"]["step"]["median_ms"] == 3.0
+
+
+def a_layer(generator):
+    shapes = ((3, 8), (3,), (3, 6))
+    return similarity.Directions(*(torch.randn(s, generator=generator) for s in shapes))
+
+
+def test_similarity_ignores_order_and_signs_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    one, other = a_layer(generator), a_layer(generator)
+    same = similarity.matched(one, similarity.shuffled(one))
+    assert same == pytest.approx(dict.fromkeys(similarity.PARTS, 1.0))
+    assert similarity.as_they_stand(one, similarity.shuffled(one))["P"] < 0.9
+    assert max(abs(v) for v in similarity.matched(one, other).values()) < 0.95
+    flipped = one._replace(lam=-one.lam)
+    assert similarity.matched(one, flipped)["Λ"] == pytest.approx(-1)
+    with pytest.raises(SystemExit, match=r"different layers: \['b'\]"):
+        similarity.compare({"a": one}, {"a": one, "b": other})
