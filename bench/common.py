@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -159,6 +160,8 @@ def in_own_process(module: str, *arguments: str) -> dict[str, Any]:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Options that every benchmark has."""
+    # PEFT calls what transformers has since renamed: nothing the reader can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -42,7 +42,10 @@ def build(
     total_step: int = TOTAL_STEPS,
     tfinal: int = TOTAL_STEPS // 10,
 ) -> nn.Module:
-    """`model` adapted by the method `name`, which also trains the module `head`."""
+    """`model` adapted by the method `name`, which also trains the module `head`.
+
+    A model without one ("") is a causal language model, of which nothing else is trained.
+    """
     model.requires_grad_(False)
     if name in ("frozen", "floor"):
         model.get_submodule(head).requires_grad_(True)
@@ -50,12 +53,13 @@ def build(
             embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
             embeddings.register_forward_hook(lambda m, args, output: output.requires_grad_(True))
         return model
-    if name in ("lora", "dora", "adalora"):
+    if name in ("lora", "dora", "dylora", "adalora"):
         from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
         common: dict[str, Any] = {
             "lora_alpha": 8, "target_modules": targets,
-            "task_type": "SEQ_CLS",  # without one PEFT leaves its penalty out
+            # Without one PEFT leaves its penalty out.
+            "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         }  # fmt: skip
         config: Any
         if name == "adalora":
@@ -65,7 +69,10 @@ def build(
             )  # fmt: skip
         else:
             config = LoraConfig(r=rank, use_dora=name == "dora", **common)
-        return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+        adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+        if name == "dylora":
+            truncate_at_random(adapted, rank)
+        return adapted  # type: ignore[no-any-return]
     options: dict[str, Any] = {"hypernet": "bert", "schedule": "fixed"}
     if name == "hal-direct":  # AdaLoRA's own method
         options = {
@@ -73,20 +80,42 @@ def build(
             "schedule": "cubic", "total_step": total_step, "tfinal": tfinal,
         }  # fmt: skip
     return hal_kernels.patch_model(
-        model, rank, init_rank=init_rank, targets=targets, modules_to_save=(head,),
+        model, rank, init_rank=init_rank, targets=targets, modules_to_save=(head,) if head else (),
         interval=interval, seed=0, **options,
     )  # fmt: skip
 
 
+def truncate_at_random(model: nn.Module, rank: int) -> None:
+    """Make PEFT's LoRA a DyLoRA: each training step uses the first b ≤ r directions, times r / b.
+
+    b is drawn anew for each step, the same in all layers (Valipour et al., 2023, without its
+    freezing of all directions but the b-th). In evaluation mode all r serve.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scales: list[torch.Tensor] = []
+
+    def draw(module: nn.Module, args: Any) -> None:
+        b = int(torch.randint(1, rank + 1, (), generator=generator)) if module.training else rank
+        scales[:] = [torch.tensor([rank / b] * b + [0.0] * (rank - b))]
+
+    model.register_forward_pre_hook(draw)
+    for name, layer in model.named_modules():
+        if name.endswith("lora_A.default"):
+            layer.register_forward_hook(lambda m, args, h: h * scales[0].to(h))
+
+
 def sharing(model: nn.Module, head: str) -> nn.Module:
     """A copy of `model` with a head of its own, around the same other parameters and buffers."""
-    own = {id(p) for p in model.get_submodule(head).parameters()}
+    own = {id(p) for p in model.get_submodule(head).parameters()} if head else set()
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(t): t for t in tensors if id(t) not in own})
 
 
 class Method:
-    """One method on the frozen weights of `model`, which other methods may use as well."""
+    """One method on the frozen weights of `model`, which other methods may use as well.
+
+    `options` are those of `build`.
+    """
 
     def __init__(
         self,
@@ -95,12 +124,12 @@ class Method:
         base: Base,
         device: torch.device,
         *,
-        rank: int = RANK,
-        init_rank: int = INIT_RANK,
+        lr: float = 1e-5,
+        **options: int,
     ) -> None:
         self.name, self.clock, self.steps = name, Clock(), 0
         own = sharing(model, base.head)
-        adapted: Any = build(name, own, base.targets, base.head, rank=rank, init_rank=init_rank)
+        adapted: Any = build(name, own, base.targets, base.head, **options)
         adapted = adapted.to(device)
         self.allocate: Callable[[], None] | None = None
         if name == "adalora":
@@ -112,7 +141,7 @@ class Method:
         self.model: nn.Module = adapted.train()
         trained = [p for p in adapted.parameters() if p.requires_grad]
         self.trained_parameters = sum(p.numel() for p in trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        self.optimizer = torch.optim.AdamW(trained, lr=lr)
 
     def _time_phases(self, adapter: Any) -> None:
         adapter.loss_term = self.clock.wrap("penalty", adapter.loss_term)

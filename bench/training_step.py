@@ -9,7 +9,7 @@ from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 from .common import in_own_process, interleaved, summary
-from .methods import INIT_RANK, RANK, Method, batch_of
+from .methods import Method, batch_of
 from .models import Base
 
 PHASES = ("forward", "penalty", "backward", "optimizer", "allocation")
@@ -28,20 +28,16 @@ def measure(
     length: int,
     repeats: int,
     warmup: int,
-    *,
-    rank: int = RANK,
-    init_rank: int = INIT_RANK,
+    **options: int,
 ) -> dict[str, Any]:
-    """Times of the methods at one batch size, by method.
+    """Times of the methods at one batch size, by method; `options` are those of methods.build.
 
     Raises:
         SystemExit: a method does not compute what it should; nothing is returned then.
     """
     device = this_device()
     model = base.build(device)
-    running = {
-        name: Method(name, model, base, device, rank=rank, init_rank=init_rank) for name in methods
-    }
+    running = {name: Method(name, model, base, device, **options) for name in methods}
     rows = batch_of(batch, length, device)
     steps = {name: (lambda m=method: m.step(rows)) for name, method in running.items()}
     first: dict[str, float] = {}

@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no installed package
 
-from bench import models, similarity, table7, training_step  # noqa: E402
+from bench import methods, models, similarity, table7, training_step  # noqa: E402
 from bench.methods import ALL_METHODS  # noqa: E402
 
 
@@ -111,3 +111,19 @@ def test_similarity_ignores_order_and_signs_and_nothing_else():
     assert similarity.matched(one, flipped)["Λ"] == pytest.approx(-1)
     with pytest.raises(SystemExit, match=r"different layers: \['b'\]"):
         similarity.compare({"a": one}, {"a": one, "b": other})
+
+
+def test_dylora_truncates_while_it_trains_and_not_afterwards():
+    torch.manual_seed(0)
+    base = tiny_roberta()
+    model = methods.build("dylora", base.build(torch.device("cpu")), base.targets, base.head)
+    rows = methods.batch_of(2, 8, torch.device("cpu"))
+    layer = next(m for n, m in model.named_modules() if n.endswith("lora_A.default"))
+    seen = []
+    layer.register_forward_hook(lambda m, args, h: seen.append((h != 0).any(1).any(0).tolist()))
+    for _ in range(20):
+        model.train()(**rows)
+    kept = {tuple(found) for found in seen}
+    assert kept == {(True, False, False), (True, True, False), (True, True, True)}
+    model.eval()(**rows)
+    assert seen[-1] == [True, True, True]

@@ -1,0 +1,98 @@
+"""Plots of the suites' rows. Lines differ in style and marker as well as in colour."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import (
+    FixedLocator,
+    LogLocator,
+    NullLocator,
+    ScalarFormatter,
+    StrMethodFormatter,
+)
+
+Row = Mapping[str, Any]
+STYLES: dict[str, dict[str, Any]] = {
+    "frozen": {"color": "#999999", "linestyle": ":", "marker": "."},
+    "floor": {"color": "#555555", "linestyle": "--", "marker": "."},
+    "lora": {"color": "#38761d", "linestyle": "-.", "marker": "^"},
+    "dora": {"color": "#7b4ea3", "linestyle": "-.", "marker": "v"},
+    "dylora": {"color": "#b08a00", "linestyle": ":", "marker": "x"},
+    "adalora": {"color": "#c55a11", "linestyle": "--", "marker": "s"},
+    "hal-direct": {"color": "#3d85c6", "linestyle": "-", "marker": "D"},
+    "hal-hyper": {"color": "#0b3d6b", "linestyle": "-", "marker": "o"},
+}
+
+
+def line(
+    axes: Axes,
+    method: str,
+    x: Sequence[float],
+    y: Sequence[float],
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+) -> None:
+    """One method's line, with a band where bounds are given."""
+    style = STYLES[method]
+    axes.plot(x, y, label=method, linewidth=1.6, markersize=5, **style)
+    if low is not None and high is not None:
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def log_axes(axes: Axes, x: Sequence[float]) -> None:
+    """Both axes logarithmic; ticks at the values measured, as plain numbers."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(list(x)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.grid(alpha=0.3)
+
+
+def step_times(axes: Axes, rows: Sequence[Row], value: str) -> None:
+    """Median step time with quartiles of every method, over a field of the rows."""
+    rows = sorted(rows, key=lambda row: row[value])
+    methods = dict.fromkeys(name for row in rows for name in row["methods"])
+    for method in methods:
+        own = [r for r in rows if "step" in r["methods"].get(method, {})]
+        if own:
+            steps = [r["methods"][method]["step"] for r in own]
+            medians, lows, highs = ([s[k] for s in steps] for k in ("median_ms", "q1_ms", "q3_ms"))
+            line(axes, method, [r[value] for r in own], medians, lows, highs)
+    log_axes(axes, [row[value] for row in rows])
+    axes.set_ylabel("ms a step (median, quartiles)")
+
+
+def scaling(rows: Sequence[Row], path: Path) -> None:
+    """Step time over each of the axes that were measured."""
+    names = list(dict.fromkeys(row["axis"] for row in rows))
+    columns = min(2, len(names))
+    height = -(-len(names) // columns)
+    figure, panels = plt.subplots(
+        height, columns, figsize=(5.2 * columns, 3.6 * height), layout="constrained", squeeze=False
+    )
+    for axes in panels.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(panels.flat, names, strict=False):
+        own = [row for row in rows if row["axis"] == name]
+        step_times(axes, own, "value")
+        axes.set_xlabel(own[0]["label"])
+        axes.set_title(own[0]["title"], fontsize=10)
+    panels[0][0].legend(fontsize=8)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The same rows give the same bytes, so that a plot out of date can be told.
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
