@@ -79,8 +79,10 @@ def text_of(folder: Path, name: str, text: Callable[[dict[str, Any]], str]) -> t
         content = gzip.decompress(packed.read_bytes())
     else:
         raise SystemExit(f"there is no {name}.jsonl (or .gz) in {folder}")
-    rows = (json.loads(line) for line in content.decode().splitlines() if line.strip())
-    return torch.tensor(list("".join(map(text, rows)).encode()))
+    # By line feeds alone: str.splitlines would also split at separators inside a text.
+    rows = (json.loads(line) for line in content.split(b"\n") if line.strip())
+    joined = bytearray("".join(map(text, rows)).encode())
+    return torch.frombuffer(joined, dtype=torch.uint8).long()
 
 
 def batches(text: torch.Tensor, steps: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no installed package
 
-from bench import methods, models, similarity, table7, training_step  # noqa: E402
+from bench import compare, methods, models, similarity, table7, training_step, training_time  # noqa: E402
 from bench.methods import ALL_METHODS  # noqa: E402
 
 
@@ -127,3 +127,48 @@ def test_dylora_truncates_while_it_trains_and_not_afterwards():
     assert kept == {(True, False, False), (True, True, False), (True, True, True)}
     model.eval()(**rows)
     assert seen[-1] == [True, True, True]
+
+
+def test_text_is_split_at_line_feeds_alone(tmp_path):
+    rows = [{"t": "a\u2028b"}, {"t": "c"}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "made_up.jsonl").write_text(lines, encoding="utf-8")
+    found = training_time.text_of(tmp_path, "made_up", lambda row: row["t"])
+    assert bytes(found.tolist()).decode() == "a\u2028bc"
+    with pytest.raises(SystemExit, match=r"there is no other.jsonl \(or .gz\) in"):
+        training_time.text_of(tmp_path, "other", str)
+
+
+def test_seconds_to_a_loss_count_the_steps_until_it_is_reached():
+    window = training_time.WINDOW
+    run = {"losses": [2.0] * window + [0.0] * window, "seconds": [0.5] * 2 * window, "held_out": 1}
+    found = training_time.outcome([run], target=1.0)
+    assert found["to_target"] == 0.5 * (window + window // 2)
+    assert found["in_all"] == window and found["final"] == 0.0
+    assert (
+        training_time.outcome([run, run | {"losses": [2.0] * 2 * window}], 1.0)["to_target"] is None
+    )
+    rows = [{"methods": {"lora": run | {"lr": lr, "losses": [lr] * 2 * window}}} for lr in (2, 1)]
+    assert training_time.best(rows)["lora"][0]["lr"] == 1
+
+
+def test_compare_takes_what_both_measured():
+    rounds = [
+        {"this": {"a": 1.0, "new": 1.0}, "other": {"a": 4.0, "old": 1.0}},
+        {"this": {"a": 3.0, "new": 1.0}, "other": {"a": 4.0, "old": 1.0}},
+    ]
+    assert compare.combined(rounds) == {
+        "a": {
+            "this_ms": 2.0, "this_range": [1.0, 3.0], "other_ms": 4.0, "other_range": [4.0, 4.0],
+            "ratio": 0.5,
+        }
+    }  # fmt: skip
+
+
+def test_compare_reports_nothing_of_a_suite_that_fails(tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/step.py").write_text("raise SystemExit('lora starts at loss 2')")
+    with pytest.raises(SystemExit, match=r"bench.step failed in .*\nlora starts at loss 2"):
+        compare.measured(tmp_path, "step", [])
+    with pytest.raises(SystemExit, match="git rev-parse"), compare.worktree("no-such-revision"):
+        pass
