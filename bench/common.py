@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
     """Processor, GPU, thread count, versions and commit: what a row needs to be read later."""
     info: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module_name(), *map(_without_folder, sys.argv[1:])]),
         "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -45,6 +45,11 @@ def machine() -> dict[str, Any]:
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         )
     return info
+
+
+def _without_folder(argument: str) -> str:
+    """An absolute path's last part: where things lie on one machine means nothing on another."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _module_name() -> str:

@@ -7,7 +7,8 @@ with an 8B model; here SST-2 and MiniLM by default). Each run appends a row: the
 the mean loss (without the penalty) of the last steps, the seconds of all steps, and how far P and Q
 are from orthogonal after training: the mean over layers of ‖PᵀP − I‖²_F + ‖QQᵀ − I‖²_F, computed in
 float64 here and compared with what `hal_kernels.penalty` says, so a wrong penalty writes no row.
-A run that has a row is not run again.
+A run that has a row is not run again. Runs follow one another, so that their seconds compare only
+as far as the machine was the same all along.
 """
 
 import itertools

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -16,6 +17,10 @@ from matplotlib.ticker import (
     ScalarFormatter,
     StrMethodFormatter,
 )
+
+from hal_peft.plots import running_mean
+
+from .convergence import WINDOW
 
 Row = Mapping[str, Any]
 STYLES: dict[str, dict[str, Any]] = {
@@ -88,6 +93,79 @@ def scaling(rows: Sequence[Row], path: Path) -> None:
         axes.set_xlabel(own[0]["label"])
         axes.set_title(own[0]["title"], fontsize=10)
     panels[0][0].legend(fontsize=8)
+    save(figure, path)
+
+
+def step_and_memory(rows: Sequence[Row], path: Path) -> None:
+    """Step time and peak memory over the batch size."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.8), layout="constrained")
+    step_times(left, rows, "batch")
+    batches = [row["batch"] for row in rows]
+    for method in dict.fromkeys(name for row in rows for name in row["methods"]):
+        own = [r for r in rows if "peak_mb" in r["methods"].get(method, {})]
+        line(
+            right, method, [r["batch"] for r in own], [r["methods"][method]["peak_mb"] for r in own]
+        )
+    log_axes(right, batches)
+    right.set_yscale("linear")
+    right.set_ylim(bottom=0)
+    right.set_ylabel("peak memory (MB)")
+    for axes in (left, right):
+        axes.set_xlabel("batch size")
+    left.legend(fontsize=8)
+    save(figure, path)
+
+
+def gamma_points(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy and orthogonality at each γ: every seed a point, the line through their means."""
+    figure, panels = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
+    weights = sorted({row["gamma"] for row in rows})
+    for axes, field, label in zip(
+        panels,
+        ("accuracy", "orthogonality"),
+        ("held-out accuracy", "mean over layers of\n‖PᵀP − I‖² + ‖QQᵀ − I‖²"),
+        strict=True,
+    ):
+        axes.plot([r["gamma"] for r in rows], [r[field] for r in rows], "o", color="#888888",
+                  label="a seed", markersize=5)  # fmt: skip
+        own = [[r[field] for r in rows if r["gamma"] == gamma] for gamma in weights]
+        axes.plot(weights, [sum(v) / len(v) for v in own], "-", color="#0b3d6b", label="mean")
+        axes.set_xlabel("weight γ of the penalty")
+        axes.set_ylabel(label)
+        axes.set_xticks(weights)
+        axes.grid(alpha=0.3)
+    panels[1].set_ylim(bottom=0)
+    panels[0].legend(fontsize=8)
+    save(figure, path)
+
+
+def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
+    """Running mean of the loss against steps and seconds, by method; band: all its seeds."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10.4, 4.0), sharey=True, layout="constrained"
+    )
+    others = ("-", "--", "-.", ":")
+    for number, (method, own) in enumerate(runs.items()):
+        style = STYLES.get(method) or {
+            "color": f"C{number}", "linestyle": others[number % 4], "marker": "osD^vx"[number % 6]
+        }  # fmt: skip
+        means = np.array([running_mean(run["losses"], WINDOW)[WINDOW - 1 :] for run in own])
+        seconds = np.array([run["seconds"] for run in own]).cumsum(1).mean(0)[WINDOW - 1 :]
+        steps = np.arange(WINDOW, WINDOW + means.shape[1])
+        for axes, x in ((left, steps), (right, seconds)):
+            axes.plot(
+                x, means.mean(0), label=f"{method}, lr {own[0]['lr']:g}", linewidth=1.5,
+                markevery=0.13, markersize=5, **style,
+            )  # fmt: skip
+            axes.fill_between(
+                x, means.min(0), means.max(0), color=style["color"], alpha=0.15, linewidth=0
+            )
+    left.set_xlabel("optimizer steps")
+    right.set_xlabel("seconds of training steps")
+    left.set_ylabel(f"{label}, mean of {WINDOW} steps")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
     save(figure, path)
 
 

@@ -3,57 +3,25 @@
     python -m bench.report [--check]
 
 Rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in README.md and docs/,
-from the newest row of each kind; one is computed (`bench.communication`). ``--check`` changes
-nothing, and fails if a table is out of date.
+from the newest row of each kind; one is computed (`bench.communication`). Writes the pages of
+docs/results with their plots, one for each suite that has rows. ``--check`` changes nothing, and
+fails if a table or a page is out of date.
 """
 
 import argparse
-import json
 import re
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from . import communication
-from .common import RESULTS
+from . import communication, pages
 from .convergence import WINDOW, reached
+from .rows import Row, markdown, newest, rows, source
 
 TARGETS = (0.5, 0.45, 0.4)  # training losses of the convergence tables
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-Row = dict[str, Any]
-
-
-def rows(name: str, **wanted: Any) -> list[Row]:
-    """Rows of ``<name>.jsonl`` with these fields, oldest first."""
-    path = RESULTS / f"{name}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines]
-    return [row for row in found if all(row.get(k) == v for k, v in wanted.items())]
-
-
-def newest(name: str, **wanted: Any) -> Row:
-    found = rows(name, **wanted)
-    if not found:
-        raise SystemExit(f"bench/results/{name}.jsonl has no row with {wanted}")
-    return found[-1]
-
-
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def source(row: Row) -> str:
-    """Where and when a row was measured, for the line under its table."""
-    machine = row["machine"]
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    return (
-        f"\n{machine['time'][:10]}, {device}, torch {machine['torch']}, peft {machine['peft']}, "
-        f"commit {machine['commit'][:9]}: `{machine['command']}`\n"
-    )
 
 
 def launches(model: str) -> str:
@@ -113,6 +81,7 @@ def convergence(name: str, task: str, seeds: tuple[int, ...]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "paper": pages.beside_the_paper,
     "launches-roberta": lambda: launches("roberta"),
     "launches-llama": lambda: launches("llama"),
     "step-1": lambda: step(1),
@@ -146,6 +115,7 @@ def main() -> int:
             old.append(str(path.relative_to(ROOT)))
             if not arguments.check:
                 path.write_text(updated(text))
+    old += pages.write(ROOT / "docs" / "results", check=arguments.check)
     if old:
         print(("out of date: " if arguments.check else "updated: ") + ", ".join(old))
     return 1 if old and arguments.check else 0

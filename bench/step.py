@@ -26,7 +26,7 @@ from .common import append_row, parser
 from .methods import METHODS
 from .models import roberta_base
 from .operators import rates
-from .report import rows as rows_of
+from .rows import rows as rows_of
 from .training_step import PHASES, measure, memory_of, this_device
 
 BOUNDS = [  # (method, reference, batch, largest ratio of median step times)

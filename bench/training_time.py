@@ -227,7 +227,7 @@ def main() -> int:
     arguments = options.parse_args()
     if arguments.quick:
         arguments.task, arguments.seed, arguments.lr_scale = arguments.task[:1], [0], [1.0]
-        arguments.steps, arguments.base_steps = WINDOW + 5, 30
+        arguments.steps, arguments.base_steps = WINDOW + 5, 10
     console = Console()
     for name in arguments.task:
         task, rows = TASKS[name], []

@@ -1,6 +1,7 @@
 """The suites that reproduce the paper's tables: their checks can fail, their rows stay."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,17 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no installed package
 
-from bench import compare, methods, models, similarity, table7, training_step, training_time  # noqa: E402
+from bench import (  # noqa: E402
+    compare,
+    methods,
+    models,
+    pages,
+    rows,
+    similarity,
+    table7,
+    training_step,
+    training_time,
+)
 from bench.methods import ALL_METHODS  # noqa: E402
 
 
@@ -172,3 +183,86 @@ def test_compare_reports_nothing_of_a_suite_that_fails(tmp_path):
         compare.measured(tmp_path, "step", [])
     with pytest.raises(SystemExit, match="git rev-parse"), compare.worktree("no-such-revision"):
         pass
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A made-up folder of results; what is called adds a row to it."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    machine = {
+        "time": "2000-01-01", "cpu": "made up", "threads": 1, "torch": "2", "peft": "0",
+        "commit": "0" * 40, "command": "python -m bench.made_up",
+    }  # fmt: skip
+
+    def add(name, row, **changed):
+        with (tmp_path / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(row | {"machine": machine | changed}) + "\n")
+
+    return add
+
+
+def made_up_rows(add):
+    step = {"median_ms": 10.0, "q1_ms": 9.0, "q3_ms": 12.0}
+    both = {"adalora": {"step": step, "peak_mb": 100.0}}
+    both["hal-hyper"] = {"step": step | {"median_ms": 9.0}, "peak_mb": 90.0}
+    table7 = {"model": "roberta-base", "layers": None, "length": 128, "checkpointing": False}
+    for batch in (1, 2):
+        add(
+            "table7", table7 | {"batch": batch, "methods": both | {"dora": {"out_of_memory": True}}}
+        )
+    axis = {"axis": "rank", "label": "rank", "title": "made up"}
+    for value in (1, 4):
+        add("scaling", axis | {"value": value, "methods": both})
+    run = {"task": "sst2", "model": "tiny", "steps": 9}
+    for gamma in (0.0, 0.1):
+        own = {"lr": 1e-4, "gamma": gamma, "seed": 0, "accuracy": 0.5, "loss": 0.7}
+        add("gamma", run | own | {"seconds": 3.0, "orthogonality": 0.1})
+    parts = dict.fromkeys(similarity.PARTS, 0.25)
+    kinds = dict.fromkeys(("matched", "as they stand", "chance"), parts)
+    add("similarity", run | {"lr": {}, "seed": 0, "similarity": kinds})
+    curve = {"losses": [2.0] * 30, "seconds": [0.1] * 30, "held_out": 2.0, "lr": 1e-3}
+    text = {"task": "alpaca", "seed": 0, "steps": 30, "base_steps": 1, "lr_scale": 1.0}
+    slow = curve | {"seconds": [0.2] * 30}
+    add("training_time", text | {"methods": {"hal-hyper": curve, "adalora": slow}})
+    add("convergence", run | curve | {"method": "hyper", "seed": 0, "accuracy": 0.5})
+    times = {"hal": {"median_us": 5.0}}
+    operator = {"operator": "made_up", "size": "r=3", "times": times, "floor_share": 0.5}
+    add("operators", operator | {"errors": {"hal": 1e-7}})
+
+
+def test_every_page_is_written_from_rows_and_told_when_old(results, tmp_path):
+    out = tmp_path / "pages"
+    assert pages.write(out) == []  # no rows, no page
+    made_up_rows(results)
+    names = [f"docs/results/{name}.md" for name in pages.PAGES]
+    assert pages.write(out, check=True) == names and not out.exists()
+    assert pages.write(out) == names and pages.write(out, check=True) == []
+    for page in out.glob("*.md"):
+        for plot in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text()):
+            assert (out / plot).stat().st_size > 10_000
+    assert "| 2 | 100 / 10.0 | 90 / 9.0 | out of memory |" in (out / "table7.md").read_text()
+    results("gamma", {"task": "new", "model": "tiny", "steps": 9} | dict.fromkeys(
+        ("lr", "gamma", "seed", "accuracy", "loss", "seconds", "orthogonality"), 0.5
+    ))  # fmt: skip
+    assert pages.write(out, check=True) == ["docs/results/gamma.md"]
+
+
+def test_quick_rows_are_no_results(results):
+    results("gamma", {"a": 1})
+    results("gamma", {"a": 2}, command="python -m bench.gamma --quick")
+    assert [row["a"] for row in rows.rows("gamma")] == [1]
+
+
+def test_beside_the_paper_is_what_was_measured_or_says_that_nothing_was(results):
+    assert set(re.findall(r"\| ([^|]*) \|\n", pages.beside_the_paper())) == {
+        "here", "---", pages.NOT_MEASURED
+    }  # fmt: skip
+    made_up_rows(results)
+    found = pages.beside_the_paper()
+    for line in (
+        "| ms a step, batch 2 | 0.896 | 0.900 |",
+        "| peak memory, batch 4 | 0.989 | not measured |",
+        "| cosine of P | 0.986 | 0.250 (chance: 0.250) |",
+        "| seconds of a whole run, Alpaca | 0.818 | 0.500 (for the same number of steps) |",
+    ):
+        assert line in found
