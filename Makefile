@@ -18,10 +18,10 @@ MADE := $(VENV)/.stamp
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow sanitize coverage gpu-check bench lint format clean
+.PHONY: help install demo test test-slow sanitize coverage gpu-check bench bench-quick lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(MADE)-project ## create .venv and install the project into it, editable
 
@@ -82,6 +82,20 @@ coverage: install ## run the tests and report the lines of hal_kernels that none
 
 bench: install ## measure training steps beside LoRA, AdaLoRA and the frozen model
 	$(PY) -m bench.step $(ARGS)
+
+# Every suite in small, each under two minutes; rows go to build/bench, which no report reads. Suites
+# that train on a task need DATA, the folder of its JSONL files.
+SUITES = launches overhead operators step table7 scaling
+DATA_SUITES = gamma similarity training_time
+
+bench-quick: install ## run every benchmark suite in small (DATA=folder adds those that train)
+	@for suite in $(SUITES); do \
+	  echo "== bench.$$suite"; $(PY) -m bench.$$suite --quick --out build/bench || exit 1; \
+	done
+	@for suite in $(if $(DATA),$(DATA_SUITES)); do \
+	  echo "== bench.$$suite"; \
+	  $(PY) -m bench.$$suite --quick --data $(DATA) --out build/bench || exit 1; \
+	done
 
 lint: install ## check style, formatting and types
 	$(PY) -m ruff check .

@@ -8,6 +8,9 @@
 #   check       every operator compiled, once at small odd sizes, against the formula in float64
 #   operators   each operator beside its roofline floor, plain PyTorch and PEFT's layer
 #   step        training steps beside the frozen model, LoRA and AdaLoRA, and what they take at least
+#   table7      memory and step time of all methods by batch size, RoBERTa-base and DeBERTa-v3-base
+#   large       the same of Llama-3.1-8B in bf16, without and with gradient checkpointing
+#   scaling     cost of a step by depth, width, rank and tokens
 #   tests       the tests of operators and kernels, compiled, on the GPU
 #   sanitizer   the check once more under compute-sanitizer: memcheck and racecheck
 #   tune        one step from a few tiles, into OUT; what is installed stays as it is
@@ -24,7 +27,7 @@ set -uo pipefail
 
 usage() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; }
 
-PARTS=(build check operators step tests sanitizer tune launches report)
+PARTS=(build check operators step table7 large scaling tests sanitizer tune launches report)
 LIMIT=540
 OUT='' DRY='' WANTED=()
 for argument in "$@"; do
@@ -104,6 +107,21 @@ part_sanitizer() {
 part_operators() { "$PYTHON" -m bench.operators --out "$OUT" $QUICK; }
 
 part_step() { "$PYTHON" -m bench.step --out "$OUT" $QUICK --batch 1 8 64; }
+
+part_table7() {
+  "$PYTHON" -m bench.table7 --out "$OUT" $QUICK &&
+    { [[ -n $DRY ]] || "$PYTHON" -m bench.table7 --out "$OUT" --model deberta-v3-base; }
+}
+
+part_large() {
+  local model=(--model llama-3.1-8b --batch 1 8 --method lora adalora hal-direct hal-hyper)
+  if [[ -n $DRY ]]; then model=(--method hal-hyper); else
+    "$PYTHON" -m bench.table7 --out "$OUT" "${model[@]}" || return 1
+  fi
+  "$PYTHON" -m bench.table7 --out "$OUT" $QUICK "${model[@]}" --gradient-checkpointing
+}
+
+part_scaling() { "$PYTHON" -m bench.scaling --out "$OUT" $QUICK; }
 
 part_tune() {
   local ranks  # the lowest class of ranks that this GPU has tiles for
