@@ -104,13 +104,13 @@ def gamma() -> Page | None:
 
 
 def similarity() -> Page | None:
-    found = newest_each(rows("similarity"), "task", "model", "steps", "lr", "seed")
+    found = newest_each(rows("similarity"), "task", "model", "steps", "peer", "lr", "seed")
     if not found:
         return None
     text = "# Similarity of P, Λ, Q to AdaLoRA's (Table 8)\n\n"
     text += "How directions are matched: bench/similarity.py. Means over layers and seeds.\n"
     parts = ("P", "Λ", "Q", "ΔW")
-    for own in groups(found, "task", "model", "steps", "lr"):
+    for own in groups(found, "task", "model", "steps", "peer", "lr"):
         first = own[0]
         body = [["the paper", *(f"{v}" for v in PAPER_SIMILARITY.values()), ""]]
         for kind in first["similarity"]:
@@ -120,7 +120,7 @@ def similarity() -> Page | None:
                 for p in parts
             )
             body.append([kind, *cells])
-        text += f"\n## {first['task']}, {first['model']}, {first['steps']} steps, "
+        text += f"\n## {first['peer']}: {first['task']}, {first['model']}, {first['steps']} steps, "
         text += f"{len(own)} seeds\n\n" + markdown(["", *parts], body) + source(own[-1])
     return text, {}
 
@@ -240,7 +240,7 @@ def beside_the_paper() -> str:
             if all("step" in m for m in both):
                 here = f"{value(both[1]) / value(both[0]):.3f}"
             body.append([f"{words}, batch {batch}", f"{ours[place] / peer[place]:.3f}", here])
-    found = rows("similarity")
+    found = rows("similarity", peer="adalora")
     for part, value in PAPER_SIMILARITY.items():
         here = NOT_MEASURED
         if found:

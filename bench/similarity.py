@@ -16,6 +16,8 @@ which makes cos(p, p') and cos(q, q') positive, and λ' takes the product of bot
     ΔW      cosine of the updates Σ λ·q pᵀ themselves, which no order or sign touches
     chance  P, Λ, Q and ΔW of the same AdaLoRA against Gaussian factors of the same shape
 
+--peer takes AdaLoRA on this library's kernels in place of PEFT's: from random directions
+("direct"), or from those of the first gradients ("direct-gradient"), where HyperAdaLoRA starts too.
 Each seed appends a row. Before that a layer is compared with itself in another order and with other
 signs, which must give 1.
 """
@@ -32,6 +34,7 @@ from torch.nn.functional import cosine_similarity
 
 from .trained import Directions, Runs, directions, run_parser
 
+PEERS = ("adalora", "direct", "direct-gradient")  # of bench.convergence
 PARTS = ("P", "Λ", "Q", "ΔW")
 
 
@@ -105,6 +108,7 @@ def compare(
 
 def main() -> int:
     options = run_parser(__doc__)
+    options.add_argument("--peer", choices=PEERS, default=PEERS[0])
     options.add_argument("--lr-hyper", type=float, default=1e-4)
     options.add_argument("--lr-adalora", type=float, default=1e-2)
     arguments = options.parse_args()
@@ -112,8 +116,8 @@ def main() -> int:
         arguments.seed, arguments.steps = [0], 10
     runs, rows = Runs("similarity", arguments), []
     for seed in arguments.seed:
-        lrs = {"hyper": arguments.lr_hyper, "adalora": arguments.lr_adalora}
-        key = runs.key(seed=seed, lr=lrs)
+        lrs = {"hyper": arguments.lr_hyper, arguments.peer: arguments.lr_adalora}
+        key = runs.key(seed=seed, peer=arguments.peer, lr=lrs)
         row = runs.stored(key)
         if row is None:
             trained: dict[str, Any] = {}
@@ -124,13 +128,13 @@ def main() -> int:
                 trained[method], accuracy[method] = result["directions"], result["accuracy"]
             row = key | {
                 "layers": len(trained["hyper"]),
-                "similarity": compare(trained["hyper"], trained["adalora"]),
+                "similarity": compare(trained["hyper"], trained[arguments.peer]),
                 "accuracy": accuracy,
             }
             runs.save(row)
         rows.append(row)
     title = f"{arguments.task}, {runs.model}, {arguments.steps} steps: mean of {len(rows)} seeds"
-    view = Table("similarity to AdaLoRA", *PARTS, title=title)
+    view = Table(f"similarity to {arguments.peer}", *PARTS, title=title)
     for kind in rows[0]["similarity"]:
         found = [row["similarity"][kind] for row in rows]
         cells = (

@@ -219,7 +219,7 @@ def made_up_rows(add):
         add("gamma", run | own | {"seconds": 3.0, "orthogonality": 0.1})
     parts = dict.fromkeys(similarity.PARTS, 0.25)
     kinds = dict.fromkeys(("matched", "as they stand", "chance"), parts)
-    add("similarity", run | {"lr": {}, "seed": 0, "similarity": kinds})
+    add("similarity", run | {"peer": "adalora", "lr": {}, "seed": 0, "similarity": kinds})
     curve = {"losses": [2.0] * 30, "seconds": [0.1] * 30, "held_out": 2.0, "lr": 1e-3}
     text = {"task": "alpaca", "seed": 0, "steps": 30, "base_steps": 1, "lr_scale": 1.0}
     slow = curve | {"seconds": [0.2] * 30}
