@@ -12,6 +12,7 @@ seconds until the running mean of the loss (over 20 steps) is below the target, 
 
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -159,7 +160,11 @@ def summary(rows: Iterable[dict[str, Any]], target: float) -> list[dict[str, Any
     found = []
     for (method, lr), members in groups.items():
         steps = [reached(m["losses"], target) for m in members]
-        got = [(s, sum(m["seconds"][:s])) for s, m in zip(steps, members, strict=True) if s]
+        got = [
+            (s, sum(m["seconds"][:s]) if m["seconds"] else math.nan)
+            for s, m in zip(steps, members, strict=True)
+            if s
+        ]
         found.append(
             {
                 "method": method,
@@ -173,29 +178,6 @@ def summary(rows: Iterable[dict[str, Any]], target: float) -> list[dict[str, Any
             }
         )
     return sorted(found, key=lambda f: (f["method"], f["lr"]))
-
-
-def plot(rows: Sequence[dict[str, Any]], best: dict[str, float], title: str, path: Path) -> None:
-    """Running mean of the loss against steps and against seconds, a band over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for color, (method, lr) in enumerate(best.items()):
-        members = [r for r in rows if r["method"] == method and r["lr"] == lr]
-        curves = torch.tensor([r["losses"] for r in members]).unfold(1, WINDOW, 1).mean(2)
-        times = torch.tensor([r["seconds"] for r in members]).cumsum(1).mean(0)[WINDOW - 1 :]
-        middle, low, high = curves.mean(0), curves.amin(0), curves.amax(0)
-        for axis, x in ((axes[0], torch.arange(WINDOW, WINDOW + len(middle))), (axes[1], times)):
-            axis.plot(x, middle, color=f"C{color}", label=f"{method}, lr {lr:g}")
-            axis.fill_between(x, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
-    axes[0].set(xlabel="steps", ylabel=f"training loss, mean of {WINDOW} steps", title=title)
-    axes[1].set(xlabel="seconds")
-    axes[0].legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main() -> int:
@@ -251,7 +233,10 @@ def main() -> int:
     }
     if best and not arguments.no_save:
         name = f"convergence-{arguments.task}.png"
-        plot(rows, best, f"{arguments.task}, {model}", Path(arguments.out) / name)
+        from .plots import curves
+
+        shown = {m: [r for r in rows if (r["method"], r["lr"]) == (m, best[m])] for m in best}
+        curves(shown, "training loss (nats)", Path(arguments.out) / name)
         console.print(f"best learning rates {best}; plot in {Path(arguments.out) / name}")
     return 0
 

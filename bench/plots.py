@@ -140,19 +140,26 @@ def gamma_points(rows: Sequence[Row], path: Path) -> None:
 
 
 def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
-    """Running mean of the loss against steps and seconds, by method; band: all its seeds."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10.4, 4.0), sharey=True, layout="constrained"
-    )
+    """Running mean of the loss against steps and seconds, by method; band: all its seeds.
+
+    Seconds are left out where a run has none (null: the machine was shared).
+    """
+    timed = all(run["seconds"] for own in runs.values() for run in own)
+    figure, panels = plt.subplots(
+        1, 1 + timed, figsize=(6.0 + 4.4 * timed, 4.0), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    left = panels[0, 0]
     others = ("-", "--", "-.", ":")
     for number, (method, own) in enumerate(runs.items()):
         style = STYLES.get(method) or {
             "color": f"C{number}", "linestyle": others[number % 4], "marker": "osD^vx"[number % 6]
         }  # fmt: skip
         means = np.array([running_mean(run["losses"], WINDOW)[WINDOW - 1 :] for run in own])
-        seconds = np.array([run["seconds"] for run in own]).cumsum(1).mean(0)[WINDOW - 1 :]
-        steps = np.arange(WINDOW, WINDOW + means.shape[1])
-        for axes, x in ((left, steps), (right, seconds)):
+        x_axes = [np.arange(WINDOW, WINDOW + means.shape[1])]
+        if timed:
+            x_axes.append(np.array([run["seconds"] for run in own]).cumsum(1).mean(0)[WINDOW - 1 :])
+        for axes, x in zip(panels[0], x_axes, strict=True):
             axes.plot(
                 x, means.mean(0), label=f"{method}, lr {own[0]['lr']:g}", linewidth=1.5,
                 markevery=0.13, markersize=5, **style,
@@ -161,9 +168,10 @@ def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
                 x, means.min(0), means.max(0), color=style["color"], alpha=0.15, linewidth=0
             )
     left.set_xlabel("optimizer steps")
-    right.set_xlabel("seconds of training steps")
+    if timed:
+        panels[0, 1].set_xlabel("seconds of training steps")
     left.set_ylabel(f"{label}, mean of {WINDOW} steps")
-    for axes in (left, right):
+    for axes in panels[0]:
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
     save(figure, path)
