@@ -7,11 +7,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
 
 import random
+import sys
 import zlib
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels run under Triton's interpreter, which it asks about when it is imported.
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("triton is imported already: set TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)  # tests run in parallel processes; their tensors are small
 

@@ -4,21 +4,12 @@ On a GPU every test of this folder carries the marker `gpu`; without one those t
 themselves (shapes too large to be interpreted, say) are skipped.
 """
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise pytest.UsageError(
-            "triton was imported before tests/kernels/conftest.py could ask for its interpreter: "
-            "set TRITON_INTERPRET=1, or name tests/kernels first"
-        )
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
