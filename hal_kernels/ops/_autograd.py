@@ -102,9 +102,10 @@ def _function(
                 return (None,) * len(ctx.needs_input_grad)
             return *backward(ctx, *gradients), None
 
-    directly = _without_functorch(Gradient)
+    named = _named(Gradient, schema)
+    directly = _without_functorch(named)
     return (
-        lambda kernel, args: Gradient.apply(*args, kernel),
+        lambda kernel, args: named.apply(*args, kernel),
         lambda kernel, args: directly(*args, kernel),
     )
 
@@ -157,7 +158,13 @@ def _function_of_lists(
 
         return call
 
-    return calling(Gradient.apply), calling(_without_functorch(Gradient))
+    named = _named(Gradient, schema)
+    return calling(named.apply), calling(_without_functorch(named))
+
+
+def _named(function: type[torch.autograd.Function], schema: Any) -> Any:
+    """`function` under its operator's name, which profilers and grad_fn show."""
+    return type(schema.name.replace("::", "_"), (function,), {})
 
 
 def _without_functorch(function: type[torch.autograd.Function]) -> Callable[..., Any]:

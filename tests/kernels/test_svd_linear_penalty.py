@@ -122,7 +122,7 @@ def test_operator():
     leaves = [inputs[n].requires_grad_() for n in ("x", "weight", "bias", *FACTORS)]
     with dispatched("svd_linear_penalty", kernels):
         y, penalty = operator(*leaves, scaling=SCALING)
-        assert type(y.grad_fn).__name__.startswith("GeneratedBackwardFor_hal_svd_linear_penalty")
+        assert type(y.grad_fn).__name__ == "hal_svd_linear_penaltyBackward"
         gradients = torch.autograd.grad(y.sum() + 3 * penalty, leaves)
     x, weight, bias, p, lam, q = double = [t.detach().double().requires_grad_() for t in leaves]
     ref = (x @ weight.t() + bias + SCALING * ((x @ p.t()) * lam) @ q).sum()
