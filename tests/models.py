@@ -39,6 +39,24 @@ class Net(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+class Holder(nn.Module):
+    """x -> {"logits": …} through whatever layers it is given."""
+
+    def __init__(self, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.classifier = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x, labels=None):
+        for name, layer in self.named_children():
+            if name != "hal":
+                x = layer(x)
+        if labels is None:
+            return x
+        return {"logits": x, "loss": nn.functional.cross_entropy(x, labels)}
+
+
 def net(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Net:
     """A `Net` in training mode."""
     with torch.random.fork_rng(devices=[]):
