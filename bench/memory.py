@@ -11,7 +11,7 @@ import sys
 import torch
 
 from .common import peak_memory_mb
-from .methods import ALL_METHODS, Method, batch_of
+from .methods import ALL_METHODS, WARMUP, Method, batch_of
 from .models import BASES, Base
 from .training_step import this_device
 
@@ -41,7 +41,7 @@ def main() -> int:
     try:
         method = Method(arguments.method, base.build(device), base, device)
         rows = batch_of(arguments.batch, arguments.length, device)
-        for _ in range(3):
+        for _ in range(WARMUP + 1):
             method.step(rows)
     except torch.OutOfMemoryError:
         print(json.dumps({"out_of_memory": True}))

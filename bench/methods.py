@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import hal_kernels
+from hal_kernels.nn.alignment import STEPS
 
 from .common import Clock
 from .models import Base
@@ -20,6 +21,7 @@ from .models import Base
 METHODS = ("frozen", "floor", "lora", "adalora", "hal-direct", "hal-hyper")
 ALL_METHODS = ("frozen", "floor", "lora", "dora", "adalora", "hal-direct", "hal-hyper")
 RANK, INIT_RANK, INTERVAL = 3, 5, 10
+WARMUP = STEPS + 1  # hal-hyper's first steps choose directions, at another cost
 TOTAL_STEPS = 10_000  # nothing is pruned for good while we measure, as early in a real run
 
 

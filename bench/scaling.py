@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .common import append_row, parser
-from .methods import METHODS
+from .methods import METHODS, WARMUP
 from .models import roberta_base
 from .training_step import measure
 
@@ -72,7 +72,7 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--axis", nargs="+", choices=AXES, default=list(AXES))
     options.add_argument("--repeats", type=int, default=20)
-    options.add_argument("--warmup", type=int, default=3)
+    options.add_argument("--warmup", type=int, default=WARMUP)
     arguments = options.parse_args()
     if arguments.quick:
         arguments.repeats, arguments.warmup = 2, 1

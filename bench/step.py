@@ -23,7 +23,7 @@ from hal_kernels.kernels.configs import architecture_of
 from hal_kernels.kernels.traffic import gemm
 
 from .common import append_row, parser
-from .methods import METHODS
+from .methods import METHODS, WARMUP
 from .models import roberta_base
 from .operators import rates
 from .rows import rows as rows_of
@@ -102,7 +102,7 @@ def main() -> int:
     options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     options.add_argument("--length", type=int, default=128, help="tokens a row")
     options.add_argument("--repeats", type=int, default=20)
-    options.add_argument("--warmup", type=int, default=3)
+    options.add_argument("--warmup", type=int, default=WARMUP)
     arguments = options.parse_args()
     if arguments.quick:
         arguments.batch, arguments.repeats, arguments.warmup = [1], 3, 1

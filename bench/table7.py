@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .common import append_row, parser
 from .memory import base_of, model_options
-from .methods import ALL_METHODS
+from .methods import ALL_METHODS, WARMUP
 from .training_step import measure, memory_of, this_device
 
 
@@ -55,7 +55,7 @@ def main() -> int:
     options.add_argument("--batch", type=int, nargs="+", help="default: 1 to 8, on a GPU to 64")
     options.add_argument("--method", nargs="+", choices=ALL_METHODS)
     options.add_argument("--repeats", type=int, default=20)
-    options.add_argument("--warmup", type=int, default=3)
+    options.add_argument("--warmup", type=int, default=WARMUP)
     arguments = options.parse_args()
     device, console = this_device(), Console()
     if arguments.batch is None:
