@@ -39,9 +39,9 @@ class HALConfig:
             factors (starts as the identity), "replace" takes it as it is (the paper's literal
             rule), "residual" adds it to the last factors. Unused by "direct".
         init: where P and Q start: "gradient" takes the top singular vectors of the weights'
-            gradients in the first optimizer step, which moves nothing else of the adapter
-            (docs/convergence.md); "random" takes Gaussian rows of unit norm. None: "gradient" for
-            a hypernetwork with "anchor", else "random".
+            gradients in the first four optimizer steps (fewer if ranks are allocated before),
+            which move nothing else of the adapter (docs/convergence.md); "random" takes Gaussian
+            rows of unit norm. None: "gradient" for a hypernetwork with "anchor", else "random".
         lam_offsets: with "anchor", whether every singular value has a trainable offset of its own
             beside what its hypernetwork generates, at 100 times the learning rate
             (docs/convergence.md); False is the paper's form.
@@ -120,8 +120,6 @@ class HALConfig:
                     "init is 'gradient', expected 'random': update=\"replace\" keeps nothing of "
                     "the initial directions"
                 )
-        if not isinstance(self.lam_offsets, bool):
-            raise TypeError(f"lam_offsets is {self.lam_offsets!r}, expected a bool")
         _expect_choice("penalty", self.penalty, PENALTIES)
         _expect_choice("allocation", self.allocation, ALLOCATIONS)
         _expect_choice("schedule", self.schedule, SCHEDULES)
@@ -154,7 +152,7 @@ class HALConfig:
             _expect_int("seed", self.seed, 0)
             if self.seed >= 2**63:
                 raise ValueError(f"seed is {self.seed}, expected less than 2**63")
-        for name in ("norm_first", "skip_nonfinite"):
+        for name in ("norm_first", "lam_offsets", "skip_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}, expected a bool")
         if self.dtype not in DTYPES.values():
@@ -167,7 +165,7 @@ class HALConfig:
 
     @property
     def aligned(self) -> bool:
-        """Whether the first optimizer step chooses the initial directions."""
+        """Whether the first optimizer steps choose the initial directions."""
         return self.init == "gradient" or (self.init is None and self.anchored)
 
     @property

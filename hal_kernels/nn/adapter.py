@@ -18,7 +18,7 @@ import torch
 
 from ..config import HALConfig
 from ..ops.ragged import Slots
-from .alignment import Alignment, alignment_steps, nothing
+from .alignment import Alignment, alignment_steps, extra_state_sizes, nothing
 from .allocation import allocate, last_allocation
 from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
@@ -297,6 +297,9 @@ class HyperAdapter(State):
         generation = self._with_views(factors, effective)
         if self._alignment is None or capturing(self.mask.device):
             return generation
+        if not torch.compiler.is_compiling() and factors.lam.any():
+            self._alignment = None  # Λ was set or loaded: these directions are in use
+            return generation
         return generation._replace(views=self._alignment.views(effective.tensors()))
 
     def _probed(self, factors: Packed) -> Packed:
@@ -463,17 +466,19 @@ class HyperAdapter(State):
         return torch.cat([torch.tensor([self.steps], dtype=torch.float64), sums])
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.steps = int(state[0])
-        self._make_alignment()
-        sums = self._alignment.sums if self._alignment is not None and self.steps > 0 else []
-        counts = [t.numel() for t in sums]
-        if state.numel() != 1 + sum(counts):
+        steps, numbers = int(state[0]), state.numel()
+        sizes = extra_state_sizes(self.config, self.layout, self.initial_rows, steps)
+        if numbers not in sizes:
             raise ValueError(
-                f"_extra_state has {state.numel()} numbers, expected {1 + sum(counts)} "
-                f"after {self.steps} steps"
+                f"_extra_state has {numbers} numbers, expected {' or '.join(map(str, sizes))} "
+                f"after {steps} steps"
             )
-        for total, part in zip(sums, state[1:].split(counts) if sums else (), strict=True):
-            total.copy_(part.view(total.shape))
+        self.steps = steps
+        self._make_alignment()
+        if steps > 0 and numbers == 1:
+            self._alignment = None
+        elif self._alignment is not None and numbers > 1:
+            self._alignment.take(state[1:])
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:

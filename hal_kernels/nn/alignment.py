@@ -45,7 +45,18 @@ def _columns(spec: LayerSpec) -> tuple[int, int]:
 
 def sketch_size(layout: Layout) -> int:
     """How many numbers the sketches of all layers hold."""
-    return sum(sum(_columns(spec)) * (spec.d_in + spec.d_out) for spec in layout.layers)
+    return sum(
+        m * spec.d_in + k * spec.d_out for spec in layout.layers for k, m in [_columns(spec)]
+    )
+
+
+def extra_state_sizes(config: HALConfig, layout: Layout, initial: int, steps: int) -> list[int]:
+    """How many numbers an adapter's extra state may hold: the step, and sketches under way.
+
+    It has no sketches where Λ was not zero at the start, so that directions were not chosen.
+    """
+    under_way = 0 < steps < alignment_steps(config, layout, initial)
+    return [1, 1 + sketch_size(layout)] if under_way else [1]
 
 
 class Alignment:
@@ -71,20 +82,33 @@ class Alignment:
             p, q = (t.to(device, dtype).requires_grad_() for t in (p, q))
             self.pairs.append((p, q))
             self.columns.append(k)
-        self.sums = [torch.zeros_like(leaf) for leaf in self.leaves()]
-        """Of the sketches of the steps so far."""
+        self.sums = [torch.zeros_like(part) for part in self._parts(self.leaves())]
+        """The sketches of the steps so far, Ω'G and GΩᵀ of each layer in turn."""
         self.ones = [torch.ones(p.shape[0], dtype=dtype, device=device) for p, _ in self.pairs]
 
     def leaves(self) -> list[torch.Tensor]:
         """What gradients are left in."""
         return [t for pair in self.pairs for t in pair]
 
+    def _parts(self, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Of tensors like the leaves, the rows in which a leaf is zero: their gradients count."""
+        starts = [slice(k, None) for k in self.columns], [slice(k) for k in self.columns]
+        rows = [which for pair in zip(*starts, strict=True) for which in pair]
+        return [leaf[which] for leaf, which in zip(leaves, rows, strict=True)]
+
     @torch.no_grad()
     def end_step(self, process_group: Any) -> None:
         """Add this step's gradients to the sketches, averaged over all processes."""
         gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in self.leaves()]
-        average_(gradients, process_group)
-        torch._foreach_add_(self.sums, gradients)
+        sketches = self._parts(gradients)
+        average_(sketches, process_group)
+        torch._foreach_add_(self.sums, sketches)
+
+    def take(self, sketches: torch.Tensor) -> None:
+        """Go on with the sketches of a saved state, laid end to end."""
+        parts = sketches.split([t.numel() for t in self.sums])
+        for total, part in zip(self.sums, parts, strict=True):
+            total.copy_(part.view(total.shape))
 
     def views(self, effective: Sequence[torch.Tensor]) -> list[LayerFactors]:
         """Every layer's factors; `effective`, the adapter's own, get gradients of zero.
@@ -113,8 +137,8 @@ class Alignment:
                 alike.setdefault((p.shape, q.shape), []).append(i)
         for members in alike.values():
             k = self.columns[members[0]]
-            of_rows = torch.stack([sums_q[i][:k] for i in members])
-            of_columns = torch.stack([sums_p[i][k:] for i in members])
+            of_rows = torch.stack([sums_q[i] for i in members])
+            of_columns = torch.stack([sums_p[i] for i in members])
             # Without skip_nonfinite a sketch may hold NaN. That of an unused layer is zero.
             finite = of_rows.flatten(1).isfinite().all(1) & of_columns.flatten(1).isfinite().all(1)
             seen = (finite & of_rows.flatten(1).any(1)).tolist()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from hal_kernels.nn.adapter import HyperAdapter
-from hal_kernels.nn.alignment import alignment_steps, sketch_size
+from hal_kernels.nn.alignment import extra_state_sizes
 from hal_kernels.nn.layout import Layout
 from hal_kernels.nn.tensors import replace_data
 
@@ -115,10 +115,10 @@ def _file_name(key: str) -> str:
 
 
 def _progress_size(adapter: HyperAdapter, layout: Layout, progress: torch.Tensor) -> int:
-    """How many numbers the extra state holds at the step that it says."""
+    """How many numbers the extra state should hold at the step that it says."""
     steps = int(progress[0]) if progress.numel() else 0
-    last = alignment_steps(adapter.config, layout, adapter.initial_rows)
-    return 1 + (sketch_size(layout) if 0 < steps < last else 0)
+    sizes = extra_state_sizes(adapter.config, layout, adapter.initial_rows, steps)
+    return progress.numel() if progress.numel() in sizes else sizes[-1]
 
 
 def _some(keys: set[str]) -> str:
