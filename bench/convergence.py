@@ -3,11 +3,13 @@
     python -m bench.convergence --data FOLDER --task sst2 [--method hyper adalora] [--lr 1e-4 ...]
                                 [--seed 0 1 2] [--steps 160] [--target 0.5]
 
-FOLDER holds ``<task>_train.jsonl`` and ``<task>_dev.jsonl`` (or .gz). Batches, head, warm-up and
-schedule are the same for all methods; r = 3 (initially 3: nothing is pruned unless --init-rank says
-more). Each run appends a row with its whole loss curve; a run that has a row is not run again, so
-the command can be stopped and repeated. At the end: for each method the mean number of steps and
-seconds until the running mean of the loss (over 20 steps) is below the target, and a plot.
+FOLDER holds ``<task>_train.jsonl`` and ``<task>_dev.jsonl`` (or .gz); the task "stdlib", the
+families of the standard library's modules told by their docstrings, needs none. Batches, head,
+warm-up and schedule are the same for all methods; r = 3 and nothing is pruned, unless --rank and
+--init-rank say otherwise. Each run appends a row with its whole loss curve; a run that has a row is
+not run again, so the command can be stopped and repeated. At the end: for each method the mean
+number of steps and seconds until the running mean of the loss (over 20 steps) is below the target,
+and a plot.
 """
 
 import itertools
@@ -27,10 +29,15 @@ from rich.table import Table
 import hal_kernels
 
 from .common import append_row, parser
+from .widened import widened
 
 WINDOW = 20  # steps of the running mean
-ALPHA, GAMMA, HEAD_LR, BATCH, LENGTH = 8.0, 0.1, 1e-3, 32, 48
+ALPHA, GAMMA, HEAD_LR, BATCH = 8.0, 0.1, 1e-3, 32
+LENGTHS = {"sst2": 48, "stdlib": 48}  # tokens a row is cut to; longer where a task has pairs
+PAIR_LENGTH = 128
+RANK = 3
 METHODS: dict[str, dict[str, Any]] = {
+    "full": {},  # every parameter of the base model, without adapters
     "adalora": {},  # PEFT's
     "direct": {"hypernet": "direct", "penalty": "frobenius"},
     "direct-gradient": {"hypernet": "direct", "penalty": "frobenius", "init": "gradient"},
@@ -44,20 +51,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "hyper-residual": {"hypernet": "bert", "update": "residual"},
 }
 GRIDS = {  # factor-3 steps; the paper's 1e-5 is in all of them
+    "full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
     "adalora": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "direct": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "direct-gradient": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "hyper": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
 }
-KEYS = ("task", "method", "lr", "seed", "steps", "init_rank", "model")
+KEYS = ("task", "method", "lr", "seed", "steps", "rank", "init_rank", "model")
 
 
-def build(
-    method: str, model: Any, init_rank: int, seed: int, steps: int, gamma: float = GAMMA
-) -> tuple[Any, Any]:
+def build(key: dict[str, Any], model: Any) -> tuple[Any, Any]:
     """(adapted model, what is called after each step)."""
     from hal_peft.demo_methods import HEADS, adapted_layers
 
+    method, seed, steps = key["method"], key["seed"], key["steps"]
+    init_rank, rank, gamma = key["init_rank"], key.get("rank", RANK), key.get("gamma", GAMMA)
+    if method == "full":
+        return model, lambda step: None
     targets = adapted_layers(model)
     interval = max(1, steps // 20)
     if method == "adalora":
@@ -66,16 +76,16 @@ def build(
         torch.manual_seed(seed)
         config = AdaLoraConfig(
             task_type="SEQ_CLS", target_modules=targets, modules_to_save=list(HEADS),
-            init_r=init_rank, target_r=3, orth_reg_weight=gamma, deltaT=interval,
-            lora_alpha=ALPHA * init_rank / 3,  # type: ignore[arg-type]
+            init_r=init_rank, target_r=rank, orth_reg_weight=gamma, deltaT=interval,
+            lora_alpha=ALPHA * init_rank / rank,  # type: ignore[arg-type]
             tinit=steps // 10, tfinal=steps // 3, total_step=steps,
         )  # fmt: skip
         adapted: Any = get_peft_model(model, config)
-        # Pruning from rank 3 to 3 fails in PEFT, and would do nothing.
-        after = adapted.base_model.update_and_allocate if init_rank > 3 else lambda step: None
+        # Pruning from a rank to itself fails in PEFT, and would do nothing.
+        after = adapted.base_model.update_and_allocate if init_rank > rank else lambda step: None
         return adapted, after
     hal_kernels.patch_model(
-        model, 3, init_rank=init_rank, targets=targets, modules_to_save=HEADS, alpha=ALPHA,
+        model, rank, init_rank=init_rank, targets=targets, modules_to_save=HEADS, alpha=ALPHA,
         gamma=gamma, interval=interval, seed=seed, **METHODS[method],
     )  # fmt: skip
     return model, lambda step: None
@@ -84,13 +94,13 @@ def build(
 def run(
     key: dict[str, Any],
     source: str,
-    data: Path,
+    data: Path | None,
     look: Callable[[Any], dict[str, Any]] = lambda model: {},
 ) -> dict[str, Any]:
     """Train once; the loss (without the penalty) and the seconds at each step, and accuracies.
 
     Args:
-        key: the row's fields; "gamma" where it is not GAMMA.
+        key: the row's fields; "gamma", "rank" and "widen" where they are not GAMMA, RANK and 1.
         look: what it finds in the trained model, in evaluation mode, joins the result.
     """
     from torch.nn.functional import cross_entropy
@@ -98,15 +108,13 @@ def run(
 
     from hal_peft.demo_data import accuracy, encode, training_batches
     from hal_peft.demo_methods import HEADS, load_base, load_tokenizer
-    from hal_peft.text_data import read_jsonl_pair
 
-    found = read_jsonl_pair(_file(data, key["task"], "train"), _file(data, key["task"], "dev"))
+    found = _examples(key["task"], data)
     tokenizer = load_tokenizer(source)
-    train, dev = (encode(tokenizer, rows, LENGTH) for rows in (found.train, found.dev))
+    length = LENGTHS.get(key["task"], PAIR_LENGTH)
+    train, dev = (encode(tokenizer, rows, length) for rows in (found.train, found.dev))
     base = load_base(source, len(found.label_names), key["seed"])
-    model, after = build(
-        key["method"], base, key["init_rank"], key["seed"], key["steps"], key.get("gamma", GAMMA)
-    )
+    model, after = build(key, widened(base, key.get("widen", 1)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -116,7 +124,9 @@ def run(
         [{"params": rest, "lr": key["lr"]}, {"params": head, "lr": HEAD_LR}], weight_decay=0.0
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, key["steps"] // 10, key["steps"])
-    losses, seconds = [], []
+    losses: list[float] = []
+    seconds: list[float] = []
+    course: list[dict[str, float]] = []
     batches = training_batches(tokenizer, train, BATCH, key["steps"], key["seed"])
     for step, batch in enumerate(batches, start=1):
         batch = {name: t.to(device) for name, t in batch.items()}
@@ -132,9 +142,30 @@ def run(
             torch.cuda.synchronize()
         seconds.append(round(time.perf_counter() - start, 5))
         losses.append(round(float(cross_entropy(out.logits.detach(), batch["labels"])), 5))
+        if hasattr(model, "hal") and (step == 1 or step % (key["steps"] // 20) == 0):
+            course.append({"step": step} | _state(model))
     model.eval()
     result = {"losses": losses, "seconds": seconds, "accuracy": accuracy(model, tokenizer, dev)}
-    return result | look(model)
+    return result | ({"course": course} if course else {}) | look(model)
+
+
+@torch.no_grad()
+def _state(model: Any) -> dict[str, float]:
+    """What would show a blow-up: the penalty, and the largest singular value of any layer."""
+    lams = [f.lam.abs().max() for f in hal_kernels.factors(model).values()]
+    penalty = hal_kernels.penalty(model)
+    return {"penalty": round(float(penalty), 6), "lam": round(float(torch.stack(lams).max()), 5)}
+
+
+def _examples(task: str, data: Path | None) -> Any:
+    from hal_peft.stdlib_corpus import load
+    from hal_peft.text_data import read_jsonl_pair
+
+    if task == "stdlib":
+        return load()
+    if data is None:
+        raise SystemExit(f"--data is needed: the folder of {task}_train.jsonl and {task}_dev.jsonl")
+    return read_jsonl_pair(_file(data, task, "train"), _file(data, task, "dev"))
 
 
 def _file(folder: Path, task: str, part: str) -> Path:
@@ -182,16 +213,16 @@ def summary(rows: Iterable[dict[str, Any]], target: float) -> list[dict[str, Any
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument(
-        "--data", type=Path, required=True, help="folder of the tasks' JSONL files"
-    )
+    options.add_argument("--data", type=Path, help="folder of the tasks' JSONL files")
     options.add_argument("--task", default="sst2")
     options.add_argument("--model", default="", help="default: the packaged MiniLM")
     options.add_argument("--method", nargs="+", choices=METHODS, default=["adalora", "hyper"])
     options.add_argument("--lr", type=float, nargs="+", help="instead of the methods' grids")
     options.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--steps", type=int, default=160)
-    options.add_argument("--init-rank", type=int, default=3)
+    options.add_argument("--rank", type=int, default=RANK)
+    options.add_argument("--init-rank", type=int, help="default: the rank, so nothing is pruned")
+    options.add_argument("--widen", type=int, default=1, help="copies of each hidden unit")
     options.add_argument("--target", type=float, default=0.5, help="loss that is to be reached")
     arguments = options.parse_args()
     from hal_peft.demo import packaged_model
@@ -200,11 +231,16 @@ def main() -> int:
     model = Path(arguments.model).name or "MiniLM-L6"
     source = arguments.model or packaged_model()
     path, console = Path(arguments.out) / "convergence.jsonl", Console()
-    common = {"task": arguments.task, "steps": arguments.steps, "init_rank": arguments.init_rank}
+    common = {
+        "task": arguments.task, "steps": arguments.steps, "rank": arguments.rank,
+        "init_rank": arguments.init_rank or arguments.rank, "model": model,
+    }  # fmt: skip
+    if arguments.widen > 1:
+        common |= {"model": f"{model}-{arguments.widen}x", "widen": arguments.widen}
     for method, seed in itertools.product(arguments.method, arguments.seed):
         grid = arguments.lr or GRIDS[method if method in GRIDS else "hyper"]
         for lr in grid:
-            key = common | {"method": method, "lr": lr, "seed": seed, "model": model}
+            key = common | {"method": method, "lr": lr, "seed": seed}
             if _matching(path, key):
                 continue
             result = run(key, source, arguments.data)
@@ -214,7 +250,7 @@ def main() -> int:
                 f"{statistics.fmean(result['losses'][-WINDOW:]):.3f}, accuracy "
                 f"{result['accuracy']:.3f}, {sum(result['seconds']):.0f} s"
             )
-    rows = _matching(path, common | {"model": model})
+    rows = _matching(path, common)
     rows = [row for row in rows if row["method"] in arguments.method]
     found = summary(rows, arguments.target)
     table = Table(title=f"{arguments.task}: until the mean loss is {arguments.target:g}")
