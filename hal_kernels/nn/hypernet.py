@@ -24,7 +24,7 @@ HEADS = 12
 INNER = 1200
 SETS = 3  # P, Λ, Q
 OFFSET_SCALE = 100.0  # at a hypernetwork's rate of 1e-4, Λ's offsets move by AdaLoRA's 1e-2 a step
-LAM_SCALE = 0.1  # initial scale of what is generated beside them
+OUTPUT_SCALES = (0.3, 0.1, 0.3)  # of P, Λ and Q beside such offsets: a learning rate for all three
 MLP_WIDTHS = (256,) * 8 + (512,) * 4 + (1024,) * 3
 CNN_STAGES = ((64, 2), (128, 3), (256, 3))  # channels, residual blocks
 CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
@@ -180,9 +180,10 @@ class Hypernetwork(nn.Module):
         self.q_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in q_widths)
         self.lam_out = _projection(HIDDEN, 1, scale * 0.05)  # near the identity, not on it
         self.lam_offset = nn.Parameter(torch.zeros(rows)) if lam_offsets else None
-        norm = self.body.last_norm(1) if lam_offsets else None  # type: ignore[operator]
-        if norm is not None:
-            norm.detach().fill_(LAM_SCALE)
+        for which, output_scale in enumerate(OUTPUT_SCALES if lam_offsets else ()):
+            norm = self.body.last_norm(which)  # type: ignore[operator]
+            if norm is not None:
+                norm.detach().fill_(output_scale)
 
     def forward(
         self, factors: Packed, mask: torch.Tensor, slots: Slots, base: Packed | None = None
