@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
     info: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", _module_name(), *map(_without_folder, sys.argv[1:])]),
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
+        "commit": _commit(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -45,6 +45,13 @@ def machine() -> dict[str, Any]:
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         )
     return info
+
+
+def _commit() -> str:
+    """The commit, "-dirty" where files differ from it other than what runs themselves write."""
+    outputs = (f":(top,exclude){folder}" for folder in ("bench/results", "docs/results"))
+    changed = _git("status", "--porcelain", "--", ":(top)", *outputs)
+    return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 
 def _without_folder(argument: str) -> str:

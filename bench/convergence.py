@@ -142,7 +142,7 @@ def run(
             torch.cuda.synchronize()
         seconds.append(round(time.perf_counter() - start, 5))
         losses.append(round(float(cross_entropy(out.logits.detach(), batch["labels"])), 5))
-        if hasattr(model, "hal") and (step == 1 or step % (key["steps"] // 20) == 0):
+        if hasattr(model, "hal") and step % max(1, key["steps"] // 20) in (0, 1):
             course.append({"step": step} | _state(model))
     model.eval()
     result = {"losses": losses, "seconds": seconds, "accuracy": accuracy(model, tokenizer, dev)}

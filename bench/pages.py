@@ -168,14 +168,15 @@ def operators() -> Page | None:
 
 
 def convergence() -> Page | None:
-    found = newest_each(rows("convergence"), "task", "model", "steps", "method", "lr", "seed")
+    kinds = ("task", "model", "steps", "rank")
+    found = newest_each(rows("convergence"), *kinds, "method", "lr", "seed")
     if not found:
         return None
     text = "# Training loss against steps and seconds (Figures 2, 3)\n\n"
     text += "Each method at the learning rate with the lowest last loss; band: least to largest "
     text += "over seeds. What was tried and what it gave: [convergence](../convergence.md).\n"
     plots: dict[str, Plot] = {}
-    for own in groups(found, "task", "model", "steps"):
+    for own in groups(found, *kinds):
         runs: dict[str, list[Row]] = {}
         body = []
         for method in dict.fromkeys(row["method"] for row in own):
@@ -185,8 +186,8 @@ def convergence() -> Page | None:
             cells = [f"{entry[k]:.4g}" for k in ("lr", "final", "accuracy")]
             body.append([method, str(entry["seeds"]), *cells])
         first = own[0]
-        name = f"convergence-{first['task']}-{first['model']}-{first['steps']}.png"
-        title = f"{first['task']}, {first['model']}, {first['steps']} steps"
+        kind = [first["task"], first["model"], f"{first['steps']} steps", f"rank {first['rank']}"]
+        name, title = f"convergence-{'-'.join(kind)}.png".replace(" ", "-"), ", ".join(kind)
         text += f"\n## {title}\n\n"
         text += markdown(["method", "seeds", "lr", "last loss", "accuracy"], body)
         text += source(own[-1]) + f"\n![{title}]({name})\n"

