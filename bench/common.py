@@ -93,6 +93,25 @@ def append_row(name: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
         file.write(json.dumps(row | {"machine": machine()}) + "\n")
 
 
+def stored(path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a file, if it is there, with these fields; oldest first."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    return [row for row in found if all(row.get(k) == v for k, v in wanted.items())]
+
+
+def data_file(folder: Path, name: str) -> Path:
+    """A task's JSONL file, plain or packed.
+
+    Raises:
+        SystemExit: neither ``<name>.jsonl`` nor ``<name>.jsonl.gz`` is in the folder.
+    """
+    for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
+        if path.exists():
+            return path
+    raise SystemExit(f"there is no {name}.jsonl (or .gz) in {folder}")
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -13,7 +13,6 @@ and a plot.
 """
 
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -28,7 +27,7 @@ from rich.table import Table
 
 import hal_kernels
 
-from .common import append_row, parser
+from .common import append_row, data_file, parser, stored
 from .widened import widened
 
 WINDOW = 20  # steps of the running mean
@@ -57,7 +56,6 @@ GRIDS = {  # factor-3 steps; the paper's 1e-5 is in all of them
     "direct-gradient": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "hyper": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
 }
-KEYS = ("task", "method", "lr", "seed", "steps", "rank", "init_rank", "model")
 
 
 def build(key: dict[str, Any], model: Any) -> tuple[Any, Any]:
@@ -165,14 +163,7 @@ def _examples(task: str, data: Path | None) -> Any:
         return load()
     if data is None:
         raise SystemExit(f"--data is needed: the folder of {task}_train.jsonl and {task}_dev.jsonl")
-    return read_jsonl_pair(_file(data, task, "train"), _file(data, task, "dev"))
-
-
-def _file(folder: Path, task: str, part: str) -> Path:
-    for path in (folder / f"{task}_{part}.jsonl", folder / f"{task}_{part}.jsonl.gz"):
-        if path.exists():
-            return path
-    raise SystemExit(f"there is no {task}_{part}.jsonl (or .gz) in {folder}")
+    return read_jsonl_pair(data_file(data, f"{task}_train"), data_file(data, f"{task}_dev"))
 
 
 def reached(losses: Sequence[float], target: float) -> int | None:
@@ -225,6 +216,8 @@ def main() -> int:
     options.add_argument("--widen", type=int, default=1, help="copies of each hidden unit")
     options.add_argument("--target", type=float, default=0.5, help="loss that is to be reached")
     arguments = options.parse_args()
+    if arguments.quick:
+        arguments.seed, arguments.steps = [0], WINDOW + 5
     from hal_peft.demo import packaged_model
 
     # Rows name the model, not where it lies.
@@ -239,9 +232,9 @@ def main() -> int:
         common |= {"model": f"{model}-{arguments.widen}x", "widen": arguments.widen}
     for method, seed in itertools.product(arguments.method, arguments.seed):
         grid = arguments.lr or GRIDS[method if method in GRIDS else "hyper"]
-        for lr in grid:
+        for lr in grid[:1] if arguments.quick else grid:
             key = common | {"method": method, "lr": lr, "seed": seed}
-            if _matching(path, key):
+            if stored(path, key):
                 continue
             result = run(key, source, arguments.data)
             append_row("convergence", key | result, Path(arguments.out))
@@ -250,7 +243,7 @@ def main() -> int:
                 f"{statistics.fmean(result['losses'][-WINDOW:]):.3f}, accuracy "
                 f"{result['accuracy']:.3f}, {sum(result['seconds']):.0f} s"
             )
-    rows = _matching(path, common)
+    rows = stored(path, common)
     rows = [row for row in rows if row["method"] in arguments.method]
     found = summary(rows, arguments.target)
     table = Table(title=f"{arguments.task}: until the mean loss is {arguments.target:g}")
@@ -275,12 +268,6 @@ def main() -> int:
         curves(shown, "training loss (nats)", Path(arguments.out) / name)
         console.print(f"best learning rates {best}; plot in {Path(arguments.out) / name}")
     return 0
-
-
-def _matching(path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines]
-    return [r for r in found if all(r.get(k) == wanted[k] for k in KEYS if k in wanted)]
 
 
 if __name__ == "__main__":

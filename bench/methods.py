@@ -97,13 +97,17 @@ def truncate_at_random(model: nn.Module, rank: int) -> None:
     scales: list[torch.Tensor] = []
 
     def draw(module: nn.Module, args: Any) -> None:
-        b = int(torch.randint(1, rank + 1, (), generator=generator)) if module.training else rank
+        b = int(torch.randint(1, rank + 1, (), generator=generator))
         scales[:] = [torch.tensor([rank / b] * b + [0.0] * (rank - b))]
+
+    def truncate(layer: nn.Module, args: Any, h: torch.Tensor) -> torch.Tensor:
+        # PEFT's generate() passes by the hook of the whole model: the layer knows its own mode.
+        return h * scales[0].to(h) if layer.training else h
 
     model.register_forward_pre_hook(draw)
     for name, layer in model.named_modules():
         if name.endswith("lora_A.default"):
-            layer.register_forward_hook(lambda m, args, h: h * scales[0].to(h))
+            layer.register_forward_hook(truncate)
 
 
 def sharing(model: nn.Module, head: str) -> nn.Module:

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import training_time
+from . import quality, training_time
 from .convergence import summary as convergence_summary
-from .plots import curves, gamma_points, scaling, step_and_memory
+from .plots import curves, gamma_points, scaling, score_bars, step_and_memory
 from .rows import Row, groups, markdown, newest_each, rows, source
 
 NOT_MEASURED = "not measured"
@@ -18,6 +18,22 @@ PAPER_TABLE7 = {
     64: ((16566, 882.55), (16530, 872.80)),
 }  # fmt: skip
 PAPER_SIMILARITY = {"P": 0.9861, "Λ": 0.9878, "Q": 0.9811}
+PAPER_QUALITY = {  # Tables 1, 3, 9: (task, model, metric) -> AdaLoRA, HyperAdaLoRA
+    ("alpaca", "LLaMA3.1-8B", "bleu4"): (55.06, 55.10),
+    ("alpaca", "LLaMA3.1-8B", "rouge1"): (58.51, 58.58),
+    ("alpaca", "Qwen2.5-7B", "bleu4"): (6.79, 6.79),
+    ("alpaca", "Qwen2.5-7B", "rouge1"): (20.17, 20.19),
+    ("magpie", "LLaMA3.1-8B", "bleu4"): (70.69, 70.73),
+    ("magpie", "LLaMA3.1-8B", "rouge1"): (56.76, 56.78),
+    ("magpie", "Qwen2.5-7B", "bleu4"): (56.21, 56.22),
+    ("magpie", "Qwen2.5-7B", "rouge1"): (49.43, 49.43),
+    ("gsm8k", "LLaMA3.1-8B", "exact_match"): (72.38, 72.54),
+    ("humaneval", "LLaMA3.1-8B", "pass_at_1"): (43.54, 43.56),
+    ("open-platypus", "Qwen2.5-7B", "bleu4"): (19.87, 19.92),
+    ("open-platypus", "Qwen2.5-7B", "rouge1"): (44.24, 44.65),
+    ("open-platypus", "LLaMA3.1-8B", "bleu4"): (34.86, 35.95),
+    ("open-platypus", "LLaMA3.1-8B", "rouge1"): (52.90, 53.00),
+}
 PAPER_TIME = 6650 / 8125  # Table 6: LLaMA3.1-8B on Alpaca, seconds of all training
 
 Plot = Callable[[Path], None]
@@ -89,10 +105,7 @@ def gamma() -> Page | None:
         for at in groups(sorted(own, key=lambda row: row["gamma"]), "gamma"):
             cells = [f"{at[0]['gamma']:g}", str(len(at))]
             for field in ("accuracy", "loss", "orthogonality", "seconds"):
-                values = [row[field] for row in at]
-                cells.append(
-                    f"{statistics.fmean(values):.4g} [{min(values):.4g}–{max(values):.4g}]"
-                )
+                cells.append(_mean_and_range([row[field] for row in at]))
             body.append(cells)
         title = f"{first['task']}, {first['model']}, {first['steps']} steps, lr {first['lr']:g}"
         name = f"gamma-{first['task']}-{first['model']}-{first['steps']}-{first['lr']:g}.png"
@@ -149,6 +162,45 @@ def training_time_page() -> Page | None:
     return text, plots
 
 
+def quality_page() -> Page | None:
+    found = rows("quality")
+    if not found:
+        return None
+    text = "# How good the generated text is (Tables 1, 3, 9)\n\n"
+    text += "Greedy answers to held-out prompts. BLEU-4 and ROUGE-1 are 0 to 100, exact match and "
+    text += (
+        "pass@1 0 to 1. Means over seeds [least–largest], each method at the learning rate with "
+    )
+    text += 'the lowest last loss; "frozen" is the model before it is fine-tuned.\n'
+    plots: dict[str, Plot] = {}
+    own_run = ("task", "model", "steps", "base_steps", "batch", "length", "new_tokens", "held_out")
+    for own in groups(newest_each(found, *own_run, "method", "lr", "seed"), *own_run):
+        first = own[0]
+        runs = quality.best(own)
+        title = f"{first['task']}, {first['model']}, {first['steps']} steps"
+        text += f"\n## {title}\n\n"
+        text += f"{first['held_out']} prompts, answers of at most {first['new_tokens']} tokens"
+        if first["model"] == quality.TINY.name:
+            text += "; the model reads bytes, and writes words but no answers: its scores compare "
+            text += "the methods on it and say nothing else"
+        name = f"quality-{first['task']}-{first['model']}-{first['steps']}.png"
+        text += ".\n\n" + markdown(*quality.summary(runs, _mean_and_range)) + source(own[-1])
+        text += f"\n![{title}]({name})\n"
+        plots[name] = lambda path, runs=runs: score_bars(runs, quality.METRICS, path)
+    body = [
+        [task, model, quality.METRICS[metric], *(f"{value:.2f}" for value in values)]
+        for (task, model, metric), values in PAPER_QUALITY.items()
+    ]
+    text += "\n## The paper's (exact match and pass@1 in %)\n\n"
+    text += markdown(["task", "model", "", "AdaLoRA", "HyperAdaLoRA"], body)
+    return text, plots
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.4g}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.4g}–{max(values):.4g}]"
+
+
 def operators() -> Page | None:
     found = newest_each(rows("operators"), "operator", "size")
     if not found:
@@ -201,6 +253,7 @@ PAGES: dict[str, Callable[[], Page | None]] = {
     "gamma": gamma,
     "similarity": similarity,
     "training_time": training_time_page,
+    "quality": quality_page,
     "operators": operators,
     "convergence": convergence,
 }
@@ -250,6 +303,10 @@ def beside_the_paper() -> str:
             here = f"{statistics.fmean(values):.3f} (chance: {statistics.fmean(chance):.3f})"
         body.append([f"cosine of {part}", f"{value:.3f}", here])
     body.append(["seconds of a whole run, Alpaca", f"{PAPER_TIME:.3f}", _time_ratio()])
+    for (task, model, metric), (peer, ours) in PAPER_QUALITY.items():
+        if model == "LLaMA3.1-8B":
+            here = _score_ratio(task, metric)
+            body.append([f"{quality.METRICS[metric]}, {task}, {model}", f"{ours / peer:.3f}", here])
     return markdown(["HyperAdaLoRA ÷ AdaLoRA", "paper", "here"], body)
 
 
@@ -261,3 +318,15 @@ def _time_ratio() -> str:
     ours, peer = (training_time.outcome(runs[m], 0.0)["in_all"] for m in ("hal-hyper", "adalora"))
     assert ours and peer  # of all steps, so always there
     return f"{ours / peer:.3f} (for the same number of steps)"
+
+
+def _score_ratio(task: str, metric: str) -> str:
+    """Of the paper's model alone: a small one's scores are no answer to the paper's."""
+    found = [row for row in rows("quality", task=task) if "llama-3.1-8b" in row["model"].lower()]
+    runs = quality.best(found)
+    if not {"adalora", "hal-hyper"} <= runs.keys():
+        return NOT_MEASURED
+    ours, peer = (
+        statistics.fmean(row["scores"][metric] for row in runs[m]) for m in ("hal-hyper", "adalora")
+    )
+    return f"{ours / peer:.3f}" if peer else "AdaLoRA scores 0"

@@ -34,6 +34,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "hal-hyper": {"color": "#0b3d6b", "linestyle": "-", "marker": "o"},
 }
 
+HATCHES = ("", "//", "\\\\", "xx", "..", "--", "++")
+
 
 def line(
     axes: Axes,
@@ -174,6 +176,28 @@ def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
     for axes in panels[0]:
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
+    save(figure, path)
+
+
+def score_bars(runs: Mapping[str, Sequence[Row]], metrics: Mapping[str, str], path: Path) -> None:
+    """A panel for each metric that was measured: means over seeds, from least to largest."""
+    found = [m for m in metrics if any(m in row["scores"] for own in runs.values() for row in own)]
+    figure, panels = plt.subplots(
+        1, len(found), figsize=(1.2 + 3.4 * len(found), 3.4), layout="constrained", squeeze=False
+    )
+    for axes, metric in zip(panels[0], found, strict=True):
+        for place, (method, own) in enumerate(runs.items()):
+            values = [row["scores"][metric] for row in own]
+            mean = sum(values) / len(values)
+            axes.bar(
+                place, mean, yerr=[[mean - min(values)], [max(values) - mean]], capsize=4,
+                color=STYLES[method]["color"], alpha=0.75, edgecolor="black",
+                hatch=HATCHES[place % len(HATCHES)],
+            )  # fmt: skip
+        axes.set_xticks(range(len(runs)), list(runs), rotation=40, ha="right", fontsize=8)
+        axes.set_title(metrics[metric], fontsize=10)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_ylim(bottom=0)
     save(figure, path)
 
 

@@ -3,22 +3,15 @@
 import json
 from typing import Any
 
-from .common import RESULTS
+from .common import RESULTS, stored
 
 Row = dict[str, Any]
 
 
 def rows(name: str, **wanted: Any) -> list[Row]:
     """Rows of ``<name>.jsonl`` with these fields, oldest first; those of --quick do not count."""
-    path = RESULTS / f"{name}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines]
-    return [
-        row
-        for row in found
-        if all(row.get(k) == v for k, v in wanted.items())
-        and "--quick" not in row["machine"]["command"].split()
-    ]
+    found = stored(RESULTS / f"{name}.jsonl", wanted)
+    return [row for row in found if "--quick" not in row["machine"]["command"].split()]
 
 
 def newest(name: str, **wanted: Any) -> Row:

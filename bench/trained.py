@@ -2,7 +2,6 @@
 bench.similarity share."""
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor
 import hal_kernels
 
 from . import convergence
-from .common import append_row, parser
+from .common import append_row, parser, stored
 
 
 class Directions(NamedTuple):
@@ -79,10 +78,7 @@ class Runs:
         } | own
 
     def stored(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        path = self.arguments.out / f"{self.suite}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines]
-        return next((r for r in rows if all(r.get(k) == v for k, v in key.items())), None)
+        return next(iter(stored(self.arguments.out / f"{self.suite}.jsonl", key)), None)
 
     def train(
         self, key: dict[str, Any], look: Callable[[Any], dict[str, Any]] = lambda model: {}

@@ -20,7 +20,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from .common import append_row, parser
+from .common import append_row, data_file, parser
 from .convergence import WINDOW, reached
 from .methods import Method
 from .models import DECODER, Base
@@ -44,6 +44,7 @@ LR = {  # README: start with these
 METHODS = tuple(LR)
 LENGTH, BATCH, BASE_LR = 128, 16, 2e-3
 HELD_OUT_BATCHES = 8
+TINY = Base("tiny-llama", lambda: None, DECODER, head="")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,58 +68,57 @@ TASKS = {
 
 
 def text_of(folder: Path, name: str, text: Callable[[dict[str, Any]], str]) -> torch.Tensor:
-    """All of a file's texts as one sequence of bytes [n], int64.
-
-    Raises:
-        SystemExit: neither ``<name>.jsonl`` nor ``<name>.jsonl.gz`` is in the folder.
-    """
-    plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
-    if plain.exists():
-        content = plain.read_bytes()
-    elif packed.exists():
-        content = gzip.decompress(packed.read_bytes())
-    else:
-        raise SystemExit(f"there is no {name}.jsonl (or .gz) in {folder}")
+    """All of a file's texts as one sequence of bytes [n], int64."""
+    path = data_file(folder, name)
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
     # By line feeds alone: str.splitlines would also split at separators inside a text.
     rows = (json.loads(line) for line in content.split(b"\n") if line.strip())
     joined = bytearray("".join(map(text, rows)).encode())
     return torch.frombuffer(joined, dtype=torch.uint8).long()
 
 
-def batches(text: torch.Tensor, steps: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Windows of the text at random places: [BATCH, LENGTH] each."""
+def batches(
+    text: torch.Tensor, steps: int, seed: int, length: int = LENGTH
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Windows of the text at random places: [rows, length], of BATCH · LENGTH bytes together."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        starts = torch.randint(len(text) - LENGTH, (BATCH, 1), generator=generator)
-        ids = text[starts + torch.arange(LENGTH)].to(this_device())
+        rows = BATCH * LENGTH // length
+        starts = torch.randint(len(text) - length, (rows, 1), generator=generator)
+        ids = text[starts + torch.arange(length)].to(this_device())
         yield {"input_ids": ids, "labels": ids}
 
 
-def text_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Mean negative log-likelihood of the next byte, in nats."""
-    return float(cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
+def text_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean negative log-likelihood of the next byte, in nats; labels of -100 do not count."""
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()))
 
 
-def trained_base(text: torch.Tensor, steps: int, progress: Progress) -> nn.Module:
-    """A tiny Llama, trained in full."""
+def trained_base(
+    text: torch.Tensor, steps: int, progress: Progress, length: int = LENGTH
+) -> nn.Module:
+    """A tiny Llama, trained in full on windows of `length` bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=length,
         use_cache=False, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model: Any = LlamaForCausalLM(config).to(this_device()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, BASE_LR, total_steps=steps + 1)
     task = progress.add_task("the base model", total=steps)
-    for rows in batches(text, steps, seed=0):
+    for rows in batches(text, steps, 0, length):
         model(**rows).loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         progress.advance(task)
+    progress.remove_task(task)
     return model
 
 
@@ -132,23 +132,27 @@ def held_out_loss(model: nn.Module, text: torch.Tensor) -> float:
     return statistics.fmean(found)
 
 
-def run(
+def train(
     base: nn.Module,
-    train: torch.Tensor,
-    held_out: torch.Tensor,
+    shape: Base,
+    data: Iterable[dict[str, torch.Tensor]],
     rates: dict[str, float],
     steps: int,
     seed: int,
     progress: Progress,
-) -> dict[str, Any]:
-    """All methods, in turn, from one base; by method its curves.
+) -> tuple[dict[str, Method], dict[str, dict[str, Any]]]:
+    """Fine-tune one causal language model by all methods, in turn; them and their curves by name.
+
+    Args:
+        shape: which layers of `base` are adapted.
+        data: `steps` batches, with labels.
+        rates: learning rate by method.
 
     Raises:
-        SystemExit: they start from different losses, or one ends above where it started.
+        SystemExit: they start from different losses, or one's loss has not fallen.
     """
     from transformers import get_cosine_schedule_with_warmup
 
-    shape = Base("tiny-llama", lambda: None, DECODER, head="")
     methods = {}
     for name, lr in rates.items():
         torch.manual_seed(seed)
@@ -162,23 +166,41 @@ def run(
     curves: dict[str, dict[str, Any]] = {
         name: {"lr": lr, "losses": [], "seconds": []} for name, lr in rates.items()
     }
-    task = progress.add_task(f"seed {seed}", total=steps)
-    for rows in batches(train, steps, seed + 1):
+    task = progress.add_task(f"{', '.join(rates)}, seed {seed}", total=steps)
+    for step, rows in enumerate(data):
         for name, method in methods.items():
             seconds = method.step(rows)["step"]
             curves[name]["seconds"].append(round(seconds, 5))
-            curves[name]["losses"].append(round(text_loss(method.logits, rows["input_ids"]), 5))
-        if len(curves[name]["losses"]) == 1:
-            check_start({n: c["losses"][0] for n, c in curves.items()}, TOLERANCE[torch.float32])
+            curves[name]["losses"].append(round(text_loss(method.logits, rows["labels"]), 5))
+        if step == 0:
+            check_start({n: c["losses"][0] for n, c in curves.items()}, TOLERANCE[shape.dtype])
         for schedule in schedules:
             schedule.step()
         progress.advance(task)
-    for name, method in methods.items():
-        losses = curves[name]["losses"]
-        if not statistics.fmean(losses[-WINDOW:]) < losses[0]:
-            raise SystemExit(f"{name} at {rates[name]:g} ends at {losses[-1]} from {losses[0]}")
-        curves[name]["held_out"] = held_out_loss(method.model, held_out)
     progress.remove_task(task)
+    for name, lr in rates.items():
+        losses = curves[name]["losses"]
+        first, last = statistics.fmean(losses[:WINDOW]), statistics.fmean(losses[-WINDOW:])
+        if not last < first:  # means, since batches differ
+            raise SystemExit(f"{name} at {lr:g}: the mean loss goes from {first} to {last}")
+    return methods, curves
+
+
+def run(
+    base: nn.Module,
+    text: torch.Tensor,
+    held_out: torch.Tensor,
+    rates: dict[str, float],
+    steps: int,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """All methods, in turn, from one base; by method its curves."""
+    methods, curves = train(
+        base, TINY, batches(text, steps, seed + 1), rates, steps, seed, progress
+    )
+    for name, method in methods.items():
+        curves[name]["held_out"] = held_out_loss(method.model, held_out)
     return curves
 
 
@@ -236,11 +258,11 @@ def main() -> int:
             base = trained_base(
                 text_of(arguments.data, other.train, other.text), arguments.base_steps, progress
             )
-            train = text_of(arguments.data, task.train, task.text)
+            text = text_of(arguments.data, task.train, task.text)
             held_out = text_of(arguments.data, task.held_out, task.text)
             for seed, scale in itertools.product(arguments.seed, arguments.lr_scale):
                 rates = {method: scale * LR[method] for method in arguments.method}
-                found = run(base, train, held_out, rates, arguments.steps, seed, progress)
+                found = run(base, text, held_out, rates, arguments.steps, seed, progress)
                 row = {
                     "task": name, "seed": seed, "steps": arguments.steps,
                     "base_steps": arguments.base_steps, "lr_scale": scale, "methods": found,

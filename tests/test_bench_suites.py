@@ -138,6 +138,10 @@ def test_dylora_truncates_while_it_trains_and_not_afterwards():
     assert kept == {(True, False, False), (True, True, False), (True, True, True)}
     model.eval()(**rows)
     assert seen[-1] == [True, True, True]
+    while all(seen[-1]):
+        model.train()(**rows)
+    model.eval().base_model.model(**rows)  # as generate() does, past the whole model's hooks
+    assert seen[-1] == [True, True, True]
 
 
 def test_text_is_split_at_line_feeds_alone(tmp_path):
@@ -161,6 +165,20 @@ def test_seconds_to_a_loss_count_the_steps_until_it_is_reached():
     )
     rows = [{"methods": {"lora": run | {"lr": lr, "losses": [lr] * 2 * window}}} for lr in (2, 1)]
     assert training_time.best(rows)["lora"][0]["lr"] == 1
+
+
+def test_training_time_in_small(tmp_path, monkeypatch):
+    row = {"question": "one and one? " * 9, "answer": "two", "instruction": "add", "input": ""}
+    for name in ("gsm8k_train", "gsm8k_test", "alpaca_8k", "alpaca_heldout"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | {"output": "sum" * 60}))
+    arguments = ["--quick", "--method", "lora", "--data", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["training_time", *arguments])
+    monkeypatch.setattr(training_time, "BATCH", 2)
+    training_time.main()
+    (row,) = map(json.loads, (tmp_path / "training_time.jsonl").read_text().splitlines())
+    lora = row["methods"]["lora"]
+    assert len(lora["losses"]) == len(lora["seconds"]) == training_time.WINDOW + 5
+    assert lora["held_out"] < lora["losses"][0]  # the task's text, as the training side's
 
 
 def test_compare_takes_what_both_measured():
@@ -222,9 +240,18 @@ def made_up_rows(add):
     add("similarity", run | {"peer": "adalora", "lr": {}, "seed": 0, "similarity": kinds})
     curve = {"losses": [2.0] * 30, "seconds": [0.1] * 30, "held_out": 2.0, "lr": 1e-3}
     text = {"task": "alpaca", "seed": 0, "steps": 30, "base_steps": 1, "lr_scale": 1.0}
+    text_run = {
+        "task": "alpaca", "model": "Llama-3.1-8B", "steps": 30, "held_out": 4, "new_tokens": 8,
+        "lr": 1e-3, "last_loss": 1.0,
+    }  # fmt: skip
     slow = curve | {"seconds": [0.2] * 30}
     add("training_time", text | {"methods": {"hal-hyper": curve, "adalora": slow}})
-    add("convergence", run | curve | {"method": "hyper", "seed": 0, "accuracy": 0.5})
+    own = {"method": "hyper", "rank": 3, "seed": 0, "accuracy": 0.5}
+    add("convergence", run | curve | own)
+    for method, score in (("adalora", 2.0), ("hal-hyper", 3.0)):
+        for seed in (0, 1):
+            scores = {"bleu4": score + seed, "rouge1": 10.0}
+            add("quality", text_run | {"method": method, "seed": seed, "scores": scores})
     times = {"hal": {"median_us": 5.0}}
     operator = {"operator": "made_up", "size": "r=3", "times": times, "floor_share": 0.5}
     add("operators", operator | {"errors": {"hal": 1e-7}})
@@ -241,6 +268,8 @@ def test_every_page_is_written_from_rows_and_told_when_old(results, tmp_path):
         for plot in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text()):
             assert (out / plot).stat().st_size > 10_000
     assert "| 2 | 100 / 10.0 | 90 / 9.0 | out of memory |" in (out / "table7.md").read_text()
+    line = "| hal-hyper | 0.001 | 2 | 1 [1–1] | 3.5 [3–4] | 10 [10–10] |"
+    assert line in (out / "quality.md").read_text()
     results("gamma", {"task": "new", "model": "tiny", "steps": 9} | dict.fromkeys(
         ("lr", "gamma", "seed", "accuracy", "loss", "seconds", "orthogonality"), 0.5
     ))  # fmt: skip
@@ -264,5 +293,7 @@ def test_beside_the_paper_is_what_was_measured_or_says_that_nothing_was(results)
         "| peak memory, batch 4 | 0.989 | not measured |",
         "| cosine of P | 0.986 | 0.250 (chance: 0.250) |",
         "| seconds of a whole run, Alpaca | 0.818 | 0.500 (for the same number of steps) |",
+        "| BLEU-4, alpaca, LLaMA3.1-8B | 1.001 | 1.400 |",
+        "| pass@1, humaneval, LLaMA3.1-8B | 1.000 | not measured |",
     ):
         assert line in found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,17 @@ def collate(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> Batch:
 
 
 def training_batches(
-    tokenizer: Any, rows: Sequence[dict[str, Any]], batch_size: int, steps: int, seed: int
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    batch_size: int,
+    steps: int,
+    seed: int,
+    collate: Callable[[Any, Sequence[dict[str, Any]]], Batch] = collate,
 ) -> Iterator[Batch]:
     """`steps` full batches of texts in random order, each of texts of about equal length.
 
-    Little padding, so short steps. The same seed gives the same batches.
+    Little padding, so short steps. The same seed gives the same batches. `collate` makes one of the
+    tokenizer and the batch's rows.
     """
     rng = random.Random(seed)
     pool = batch_size * _BATCHES_SORTED
@@ -68,9 +74,10 @@ def accuracy(
     was_training = model.training
     model.eval()
     by_length = sorted(rows, key=lambda row: len(row["input_ids"]))  # little padding
-    correct = 0
+    correct, device = 0, next(model.parameters()).device
     for start in range(0, len(by_length), batch_size):
-        batch = collate(tokenizer, by_length[start : start + batch_size])
+        rows = by_length[start : start + batch_size]
+        batch = {name: t.to(device) for name, t in collate(tokenizer, rows).items()}
         labels = batch.pop("labels")
         correct += int((model(**batch).logits.argmax(-1) == labels).sum())
     model.train(was_training)
