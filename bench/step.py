@@ -6,28 +6,21 @@ RoBERTa-base shapes, sequences of 128, rank 3 (initially 5), every linear layer 
 methods run in one process, interleaved; peak memory is measured in a process for each. The exit
 status is 1 if a bound below is missed.
 
-"at least" is what a step takes by prediction: its launches (the newest count of bench.launches) at
-the GPU's time for one, or the products of the encoder's layers at its matrix rate where that is
-longer.
+"at least" is what a step takes by prediction (bench.least).
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from hal_kernels.kernels.configs import architecture_of
-from hal_kernels.kernels.traffic import gemm
-
 from .common import append_row, parser
+from .least import least_ms
 from .methods import METHODS, WARMUP
 from .models import roberta_base
-from .operators import rates
-from .rows import rows as rows_of
-from .training_step import PHASES, measure, memory_of, this_device
+from .training_step import PHASES, measure, memory_of
 
 BOUNDS = [  # (method, reference, batch, largest ratio of median step times)
     ("hal-direct", "adalora", 1, 0.78),
@@ -57,26 +50,9 @@ def ratio_of(results: dict[str, Any], method: str, reference: str) -> float:
     return ratio
 
 
-def least_ms(batch: int, length: int) -> dict[str, float]:
-    """The predicted time of a step, for the methods whose launches were counted."""
-    device = this_device()
-    counts = rows_of("launches", model="roberta")
-    if not counts:
-        return {}
-    T = batch * length
-    layers = 4 * gemm(T, 768, 768).flops + 2 * gemm(T, 768, 3072).flops
-    products = 2 * 12 * layers / rates(device, torch.float32)[1]  # y, and the gradient of x
-    launch_us = architecture_of(device).launch_us if device.type == "cuda" else 0.0
-    methods = list(counts[-1]["parts"].values())[-1]
-    return {
-        name: max(parts["step, optimizer not counted"] * launch_us, products) / 1e3
-        for name, parts in methods.items()
-    }
-
-
 def table(results: dict[str, Any], batch: int, length: int) -> Table:
     view = Table(title=f"batch {batch} × {length} tokens: milliseconds, median [quartiles]")
-    least = least_ms(batch, length)
+    least = least_ms(roberta_base(), results, batch, length)
     for column in ("method", "step", "at least", "÷ floor", "÷ AdaLoRA", *PHASES, "peak MB"):
         view.add_column(column, justify="left" if column == "method" else "right")
     for name, result in results.items():
@@ -88,7 +64,7 @@ def table(results: dict[str, Any], batch: int, length: int) -> Table:
         view.add_row(
             name,
             f"{step['median_ms']:.1f} [{step['q1_ms']:.1f}–{step['q3_ms']:.1f}]",
-            f"{least[name]:.1f}" if name in least else "–",
+            f"{least[name]:.1f}",
             f"{ratio_of(results, name, 'floor'):.3f}",
             f"{ratio_of(results, name, 'adalora'):.3f}",
             *phases,

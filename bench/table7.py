@@ -6,7 +6,8 @@ The paper's columns are AdaLoRA and HyperAdaLoRA ("hal-hyper" here); beside them
 the floor of any adapter, PEFT's LoRA and DoRA, and AdaLoRA on these kernels ("hal-direct"). Weights
 are random, sequences of 128, the rank 3 (initially 5). Memory is measured in a process for each
 method (of the GPU: allocated and reserved; else resident); what runs out of it is left out of the
-timing, where all methods take steps in turn. A row is appended for each batch size as it is done.
+timing, where all methods take steps in turn; "at least" is what a step takes by prediction
+(bench.least). A row is appended for each batch size as it is done.
 
 All methods must start from the same loss, and bring it down: a run in which one does not writes no
 row.
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .common import append_row, parser
+from .least import least_ms
 from .memory import base_of, model_options
 from .methods import ALL_METHODS, WARMUP
 from .training_step import measure, memory_of, this_device
@@ -34,9 +36,10 @@ def model_arguments(arguments: Any) -> list[str]:
     return found
 
 
-def table(title: str, results: dict[str, dict[str, Any]]) -> Table:
+def table(title: str, results: dict[str, dict[str, Any]], least: dict[str, float]) -> Table:
     view = Table(title=title)
-    for column in ("method", "peak MB", "ms a step [quartiles]", "first → last loss"):
+    columns = ("method", "peak MB", "ms a step [quartiles]", "at least", "first → last loss")
+    for column in columns:
         view.add_column(column, justify="left" if column == "method" else "right")
     for name, result in results.items():
         memory = f"{result['peak_mb']:.0f}" if "peak_mb" in result else "out of memory"
@@ -45,7 +48,7 @@ def table(title: str, results: dict[str, dict[str, Any]]) -> Table:
             step = result["step"]
             latency = f"{step['median_ms']:.1f} [{step['q1_ms']:.1f}–{step['q3_ms']:.1f}]"
             loss = f"{result['first_loss']:.4f} → {result['last_loss']:.4f}"
-        view.add_row(name, memory, latency, loss)
+        view.add_row(name, memory, latency, f"{least[name]:.1f}", loss)
     return view
 
 
@@ -82,7 +85,8 @@ def main() -> int:
             for name in fitting:
                 results[name] |= times[name]
         title = f"{base.name}, batch {batch} × {arguments.length} tokens"
-        console.print(table(title, results))
+        least = least_ms(base, results, batch, arguments.length)
+        console.print(table(title, results, least))
         if not arguments.no_save:
             row = {
                 "model": base.name, "layers": arguments.layers, "batch": batch,

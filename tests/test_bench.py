@@ -1,7 +1,9 @@
 """The benchmarks' own judgement: budgets that can be missed, tables that can be old."""
 
 import dataclasses
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no installed package
 
-from bench import launches, operator_cases, operators, report, step  # noqa: E402
+from bench import launches, least, models, operator_cases, operators, report  # noqa: E402
 from hal_kernels.kernels import configs  # noqa: E402
 
 
@@ -86,17 +88,31 @@ def test_a_wrong_operator_is_seen():
 
 def test_least_time_of_a_step(monkeypatch):
     """By launches where those take longer, by products of the layers else."""
-    parts = {"lora": {"step, optimizer not counted": 2000}}
-    monkeypatch.setattr(step, "rows_of", lambda name, model: [{"parts": {"2": {}, "12": parts}}])
-    monkeypatch.setattr(step, "rates", lambda device, dtype: (1e6, 1e8))
-    flops = 2 * 12 * 2 * 128 * (4 * 768 * 768 + 2 * 768 * 3072)
-    assert step.least_ms(1, 128) == {"lora": pytest.approx(flops / 1e8 / 1e3)}
+    few, parts = ({"lora": {least.TOTAL: count}} for count in (1000, 2000))
+    asked = []
+
+    def counts(name, model):
+        asked.append(model)
+        return [{"parts": {"2": few, "12": parts}}] if model == "roberta" else []
+
+    monkeypatch.setattr(least, "rows_of", counts)
+    monkeypatch.setattr(least, "rates", lambda device, dtype: (1e6, 1e8))
+    flops = 12 * 2 * 128 * (4 * 768 * 768 + 2 * 768 * 3072)
+    products = flops / 1e8 / 1e3
+    base, deep = models.roberta_base(), models.roberta_base(layers=22)
+    both = ("frozen", "lora")
+    found = least.least_ms(base, both, 1, 128)
+    assert found == pytest.approx({"frozen": products, "lora": 2 * products})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpu = dataclasses.replace(configs.DEFAULT, launch_us=1e4)
     with configs.using(gpu):
-        assert step.least_ms(1, 128) == {"lora": pytest.approx(2000 * 1e4 / 1e3)}
-    monkeypatch.setattr(step, "rows_of", lambda name, model: [])
-    assert step.least_ms(1, 128) == {}
+        assert least.least_ms(base, ["lora"], 1, 128)["lora"] == pytest.approx(2000 * 1e4 / 1e3)
+        assert least.least_ms(deep, ["lora"], 1, 128)["lora"] == pytest.approx(3000 * 1e4 / 1e3)
+        again = dataclasses.replace(models.llama_31_8b(layers=1), checkpointing=True)
+        assert least.least_ms(again, ["lora"], 1, 1)["lora"] == pytest.approx(
+            3 * 2 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336) / 1e8 / 1e3
+        )
+    assert asked[-1] == "llama"
 
 
 def test_gpu_sh_tunes_dry(tmp_path):
@@ -115,11 +131,22 @@ def test_tables_are_rewritten_in_place(monkeypatch):
         report.updated("<!-- table unknown -->\n<!-- end -->")
 
 
-def gpu_sh(*arguments):
-    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+def gpu_sh(*arguments, environment=os.environ | {"PYTHON": sys.executable}):
+    environment = environment | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [ROOT / "bench/gpu.sh", *arguments], capture_output=True, text=True, env=environment
     )
+
+
+def test_gpu_sh_predicts_every_part_and_skips_what_has_no_data(tmp_path):
+    parts = re.findall(r"^part_(\w+)\(", (ROOT / "bench/gpu.sh").read_text(), re.MULTILINE)
+    environment = os.environ | {"PYTHON": "true", "DATA": ""}  # no part does anything
+    done = gpu_sh(str(tmp_path), "--dry-run", environment=environment)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert sorted(row["part"] for row in summary) == sorted(parts)
+    assert all(0 < row["predicted_seconds"] <= 540 for row in summary)
+    assert "no --data=FOLDER: skipped" in (tmp_path / "log.txt").read_text()
 
 
 def test_gpu_sh_refuses_what_it_does_not_know(tmp_path):
@@ -128,6 +155,7 @@ def test_gpu_sh_refuses_what_it_does_not_know(tmp_path):
         ((tmp_path, "--fast"), "unknown option --fast"),
         ((tmp_path, "kernel"), "unknown part kernel; there are build check"),
         ((tmp_path, "check"), "sees no GPU"),
+        ((tmp_path, "--data=/no/such/folder"), "/no/such/folder"),
     ):
         done = gpu_sh(*map(str, arguments))
         assert done.returncode == 2 and message in done.stderr
