@@ -77,7 +77,7 @@ def test_reference_pass_between_forward_and_backward(checkpointed, hypernet):
 def test_generate(case, cache):
     """Greedy tokens are those of the merged model, and not those of the base model."""
     model = case.adapted(hypernet="bert")
-    zoo.perturb(model, size=2.0)
+    zoo.perturb(model, size=4.0)
     ids = case.batch(model.get_base_model())["input_ids"]
     options = {"max_new_tokens": 6, "do_sample": False, "use_cache": cache is not None}
     if cache is not None:
