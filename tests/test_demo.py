@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,34 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 
 from hal_peft import demo, stdlib_corpus
-from hal_peft.demo_data import training_batches
+from hal_peft.demo_data import accuracy, training_batches
 from hal_peft.plots import RankGrid, running_mean
 from hal_peft.text_data import read_jsonl_pair
 
 PACKAGES = Path(demo.__file__).parents[1]
+
+
+class Tokenizer:
+    def pad(self, rows, return_tensors):
+        length = max(len(row["input_ids"]) for row in rows)
+        ids = [row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows]
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {"input_ids": torch.tensor(ids), "labels": labels}
+
+
+class FirstTokenSaysIt(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.eye(4))
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.scores[input_ids[:, 0]])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+def test_accuracy_is_the_share_of_all_rows(batch_size):
+    rows = [{"input_ids": [i % 4] * (1 + i), "labels": i % 4 if i < 4 else 3} for i in range(7)]
+    assert accuracy(FirstTokenSaysIt(), Tokenizer(), rows, batch_size) == 4 / 7
 
 
 # -- the standard library's text -------------------------------------------------------------------

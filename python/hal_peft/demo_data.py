@@ -76,8 +76,8 @@ def accuracy(
     by_length = sorted(rows, key=lambda row: len(row["input_ids"]))  # little padding
     correct, device = 0, next(model.parameters()).device
     for start in range(0, len(by_length), batch_size):
-        rows = by_length[start : start + batch_size]
-        batch = {name: t.to(device) for name, t in collate(tokenizer, rows).items()}
+        batch = collate(tokenizer, by_length[start : start + batch_size])
+        batch = {name: t.to(device) for name, t in batch.items()}
         labels = batch.pop("labels")
         correct += int((model(**batch).logits.argmax(-1) == labels).sum())
     model.train(was_training)
