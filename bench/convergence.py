@@ -126,6 +126,7 @@ def run(
     seconds: list[float] = []
     course: list[dict[str, float]] = []
     batches = training_batches(tokenizer, train, BATCH, key["steps"], key["seed"])
+    look_every = max(1, key["steps"] // 20)
     for step, batch in enumerate(batches, start=1):
         batch = {name: t.to(device) for name, t in batch.items()}
         torch.manual_seed(1000 * key["seed"] + step)  # the base model's dropout
@@ -140,7 +141,7 @@ def run(
             torch.cuda.synchronize()
         seconds.append(round(time.perf_counter() - start, 5))
         losses.append(round(float(cross_entropy(out.logits.detach(), batch["labels"])), 5))
-        if hasattr(model, "hal") and step % max(1, key["steps"] // 20) in (0, 1):
+        if hasattr(model, "hal") and (step == 1 or step % look_every == 0):
             course.append({"step": step} | _state(model))
     model.eval()
     result = {"losses": losses, "seconds": seconds, "accuracy": accuracy(model, tokenizer, dev)}

@@ -25,8 +25,9 @@
 #
 # It wants python3 (PYTHON names another) with torch, triton, transformers, peft, rich, pytest and
 # hypothesis; WHEELS may name a folder of wheels for what is missing. OUT gets log.txt, summary.json
-# (seconds of each part beside those predicted) and rows of results as *.jsonl. --dry-run does the same on a CPU with tiny sizes: what CI runs, so
-# that nothing fails for a typo on the day. The exit status is 1 if a part fails.
+# (seconds of each part beside those predicted) and rows of results as *.jsonl. --dry-run does the
+# same on a CPU with tiny sizes: what CI runs, so that nothing fails for a typo on the day. The exit
+# status is 1 if a part fails.
 set -uo pipefail
 
 usage() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; }
