@@ -1,6 +1,6 @@
 """Tables 5 and 11: what the weight γ of the orthogonality penalty does, on a classification task.
 
-    python -m bench.gamma --data FOLDER [--gamma 0 0.1 0.15 0.2] [--seed 0 1 2] [--lr 1e-4]
+    python -m bench.gamma --data FOLDER [--gamma 0 0.1 0.15 0.2] [--seed 0 1 2] [--lr 3e-4]
 
 HyperAdaLoRA is trained at each γ from the same seeds on the same batches (the paper generates text
 with an 8B model; here SST-2 and MiniLM by default). Each run appends a row: the held-out accuracy,
@@ -47,7 +47,7 @@ def orthogonality(model: Any) -> dict[str, Any]:
 def main() -> int:
     options = run_parser(__doc__)
     options.add_argument("--gamma", type=float, nargs="+", default=[0.0, 0.1, 0.15, 0.2])
-    options.add_argument("--lr", type=float, default=1e-4, help="of the hypernetworks")
+    options.add_argument("--lr", type=float, default=3e-4, help="of the hypernetworks")
     arguments = options.parse_args()
     if arguments.quick:
         arguments.gamma, arguments.seed, arguments.steps = [0.0, 0.1], [0], 10

@@ -1,6 +1,6 @@
 """Table 8: cosine similarity of P, Λ, Q between HyperAdaLoRA and PEFT's AdaLoRA after training.
 
-    python -m bench.similarity --data FOLDER [--seed 0 1 2] [--lr-hyper 1e-4] [--lr-adalora 1e-2]
+    python -m bench.similarity --data FOLDER [--seed 0 1 2] [--lr-hyper 3e-4] [--lr-adalora 1e-2]
 
 Both are trained with each seed on the same batches from the same base model and head, at rank 3,
 and compared layer by layer; what is reported is the mean over layers.
@@ -109,7 +109,7 @@ def compare(
 def main() -> int:
     options = run_parser(__doc__)
     options.add_argument("--peer", choices=PEERS, default=PEERS[0])
-    options.add_argument("--lr-hyper", type=float, default=1e-4)
+    options.add_argument("--lr-hyper", type=float, default=3e-4)
     options.add_argument("--lr-adalora", type=float, default=1e-2)
     arguments = options.parse_args()
     if arguments.quick:

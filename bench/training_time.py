@@ -39,7 +39,7 @@ from .training_step import TOLERANCE, check_start, this_device
 
 LR = {  # README: start with these
     "lora": 3e-3, "dora": 3e-3, "dylora": 3e-3, "adalora": 1e-2, "hal-direct": 1e-2,
-    "hal-hyper": 1e-4,
+    "hal-hyper": 3e-4,
 }  # fmt: skip
 METHODS = tuple(LR)
 LENGTH, BATCH, BASE_LR = 128, 16, 2e-3

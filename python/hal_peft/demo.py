@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-length", type=_positive, default=48, help="tokens a text is cut to")
     parser.add_argument("--rank", type=_positive, default=3, help="average rank after allocation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr-hyper", type=float, default=1e-4, help="of the hypernetworks")
+    parser.add_argument("--lr-hyper", type=float, default=3e-4, help="of the hypernetworks")
     parser.add_argument("--lr-adalora", type=float, default=1e-2, help="of AdaLoRA's factors")
     parser.add_argument("--head-lr", type=float, default=1e-3, help="of both classifier heads")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the results")
