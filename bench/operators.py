@@ -8,7 +8,8 @@ once, forward and backward, at a small odd size, and times nothing: what a sanit
 
 The floor is the bytes and flops of the traffic model, at the rates of the GPU's configuration; on a
 CPU at those of a copy and of a product that are measured first. Sizes for a CPU are small and may
-stay in its cache, beyond which the floor does not see.
+stay in its cache, beyond which the floor does not see. bench/pytest_operators.py has the small
+sizes for pytest-benchmark.
 """
 
 import functools

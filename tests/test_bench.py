@@ -86,6 +86,20 @@ def test_a_wrong_operator_is_seen():
     assert found["floor_share"] == found["floor_us"] / found["times"]["hal"]["median_us"]
 
 
+def test_operators_under_pytest_benchmark(tmp_path):
+    """In a process of its own, timed once: its file holds every implementation."""
+    out = tmp_path / "found.json"
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "svd_adapter_add",
+        "bench/pytest_operators.py", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1",
+        f"--benchmark-json={out}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())["benchmarks"]
+    assert {b["name"].split("float32-")[1] for b in found} == {"hal]", "eager]"}
+
+
 def test_least_time_of_a_step(monkeypatch):
     """By launches where those take longer, by products of the layers else."""
     few, parts = ({"lora": {least.TOTAL: count}} for count in (1000, 2000))
