@@ -157,7 +157,8 @@ def _expect_mergeable(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None
     owners: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
-            if parameter is not None:
+            # A tensor that holds others (torchao's) has no storage of its own.
+            if parameter is not None and type(parameter.data) is torch.Tensor:
                 owners.setdefault(parameter.untyped_storage().data_ptr(), set()).add(name)
     for name, layer in layers.items():
         if is_foreign(layer):

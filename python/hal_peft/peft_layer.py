@@ -33,7 +33,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer, self.training = base_layer, base_layer.training
         self.in_features, self.out_features = linear_widths(base_layer)
-        self.fan_in_fan_out = is_conv1d(base_layer)
+        self.fan_in_fan_out, self._foreign = is_conv1d(base_layer), is_foreign(base_layer)
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._slots: dict[str, LayerSlot] = {}
@@ -100,7 +100,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
     def _is_plain(self) -> bool:
         """Whether the base layer is nothing but its GEMM: no quantization, no hooks of others."""
         base = self.base_layer
-        if not self.fan_in_fan_out and type(base) is not nn.Linear:
+        if self._foreign or not (self.fan_in_fan_out or type(base) is nn.Linear):
             return False
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
         return not hooked and not base._backward_pre_hooks and "forward" not in base.__dict__

@@ -22,7 +22,7 @@ from hal_kernels.config import HALConfig, names_layer
 from hal_kernels.export import write_lora
 from hal_kernels.introspection import Factors, adapter_factors, adapter_rank_pattern
 from hal_kernels.nn.adapter import HyperAdapter
-from hal_kernels.nn.linear import LayerSlot, adapted_class, linear_widths
+from hal_kernels.nn.linear import HALLinear, LayerSlot, adapted_class, linear_widths
 from hal_kernels.nn.shared_input import SharedInput, find_groups
 from hal_kernels.patching import hook_forward, new_adapter
 from hal_kernels.targets import matches
@@ -153,7 +153,7 @@ class HyperAdaLoraModel(BaseTuner):
             for key, target in new.targets.items()
         }
         _replace(self.model, {id(layer.base_layer): layer for layer in layers.values()})
-        plain = [layer for layer in layers.values() if type(layer.base_layer) is nn.Linear]
+        plain = [v for v in layers.values() if adapted_class(v.base_layer) is HALLinear]
         groups = [SharedInput(members) for members in find_groups(self.model, plain)]
         shared = {id(member): group for group in groups for member in group.layers}
         for index, layer in enumerate(layers.values()):
