@@ -163,9 +163,11 @@ def _expect_mergeable(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None
     for name, layer in layers.items():
         if is_foreign(layer):
             assert layer._hal is not None
-            kind = layer._hal.original_class.__name__
+            kind, weight = layer._hal.original_class.__name__, type(layer.weight).__name__
             raise ValueError(
-                f"merge: {name!r} is a {kind}, whose weight can't take ΔW; use export_lora"
+                f"merge: {name!r} is a {kind}, whose weight ({weight}) can't take ΔW; use "
+                "export_lora, or PEFT's merge_adapter (hal_peft) if bitsandbytes or torchao "
+                "quantized it"
             )
         if "weight" not in layer._parameters:
             raise ValueError(

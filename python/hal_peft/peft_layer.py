@@ -12,6 +12,8 @@ from hal_kernels.nn.packed import LayerFactors
 from hal_kernels.ops import svd_adapter_add, svd_linear
 from hal_kernels.ops.svd_linear import fits, svd_linear_of_layer
 
+from .quantized import dequantize, is_quantized, requantize, restore
+
 Arguments = tuple[LayerFactors, dict[str, Any]]
 
 
@@ -123,10 +125,11 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         """The base layer's weight.
 
         Raises:
-            ValueError: it is quantized, or computed anew in each forward, and can't take ΔW.
+            ValueError: it is quantized in a way that `quantized` does not know, or computed anew in
+                each forward, and can't take ΔW.
         """
         base = self.get_base_layer()
-        if is_foreign(base) or "weight" not in base._parameters:
+        if (is_foreign(base) and not is_quantized(base)) or "weight" not in base._parameters:
             raise ValueError(
                 f"merge: the weight of a {type(base).__name__} can't take ΔW; export_lora writes "
                 "the adapter as LoRA instead"
@@ -135,13 +138,13 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         return base.weight
 
     def merged_weight(self, adapter_names: list[str], *, safe: bool) -> torch.Tensor:
-        """The base weight with these adapters' ΔW added.
+        """The base weight, as floats if it is quantized, with these adapters' ΔW added.
 
         Raises:
             ValueError: the base weight can't take it, or (if `safe`) it would hold NaN or Inf.
         """
-        base = self.mergeable_weight()
-        weight: torch.Tensor = base.data
+        base, layer = self.mergeable_weight().data, self.get_base_layer()
+        weight = base = dequantize(layer) if is_quantized(layer) else base
         for name in adapter_names:
             delta = self.get_delta_weight(name).to(base.device)
             weight = (weight.to(delta.dtype) + delta).to(base.dtype)
@@ -154,6 +157,8 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of adapters to the base weight; a copy on the CPU lets `unmerge` be exact.
 
+        A quantized weight is quantized anew, as it was.
+
         Args:
             safe_merge: raise ValueError, changing nothing, if the weight would hold NaN or Inf.
             adapter_names: which ones; None means the active ones.
@@ -162,16 +167,24 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         weight = self.merged_weight(names, safe=safe_merge)
-        base = self.mergeable_weight().data
+        layer: Any = self.get_base_layer()
+        if is_quantized(layer):
+            old = requantize(layer, weight)
+        else:
+            old = layer.weight.data.to("cpu", copy=True)
+            layer.weight.data.copy_(weight)
         if self._unmerged_weight is None:
-            self._unmerged_weight = base.to("cpu", copy=True)
-        base.copy_(weight)
+            self._unmerged_weight = old
         self.merged_adapters += names
 
     def unmerge(self) -> None:
         """Give the base layer back the weight it had, bit for bit."""
-        if self._unmerged_weight is not None:
-            self.weight.data.copy_(self._unmerged_weight)
+        layer: Any = self.get_base_layer()
+        weight = self._unmerged_weight
+        if weight is not None and is_quantized(layer):
+            restore(layer, weight)
+        elif weight is not None:
+            layer.weight.data.copy_(weight)
         self._unmerged_weight, self.merged_adapters = None, []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -30,6 +30,7 @@ from hal_kernels.targets import matches
 from .peft_config import HyperAdaLoraConfig, in_peft_names
 from .peft_layer import HyperAdaLoraLinear
 from .peft_state import LAYERS, REST, State, by_layer, packed, resize
+from .quantized import is_quantized
 
 
 @dataclasses.dataclass
@@ -191,7 +192,7 @@ class HyperAdaLoraModel(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        self._expect_mergeable(adapter_names, safe_merge)
+        self._expect_mergeable(adapter_names, safe_merge, stacklevel=3)
         super().merge_adapter(adapter_names, safe_merge)
         self._settle()
 
@@ -207,7 +208,7 @@ class HyperAdaLoraModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._expect_mergeable(adapter_names, safe_merge)
+            self._expect_mergeable(adapter_names, safe_merge, stacklevel=4)
         else:
             for module in self.model.modules():
                 if isinstance(module, HyperAdaLoraLinear):
@@ -221,9 +222,15 @@ class HyperAdaLoraModel(BaseTuner):
         """PEFT's, for every place that the layer has in the model."""
         _replace(self.model, {id(child): new_module})
 
-    def _expect_mergeable(self, adapter_names: list[str] | None, safe: bool) -> None:
-        """Raise ValueError, before anything changes, where a layer can't be merged."""
+    def _expect_mergeable(
+        self, adapter_names: list[str] | None, safe: bool, *, stacklevel: int
+    ) -> None:
+        """Raise ValueError, before anything changes, where a layer can't be merged.
+
+        Warns, at this level of the stack, if one has a quantized weight.
+        """
         owners: dict[int, set[str]] = {}
+        quantized = False
         for name, module in self.model.named_modules():
             for parameter in module._parameters.values():
                 if parameter is not None:
@@ -239,6 +246,13 @@ class HyperAdaLoraModel(BaseTuner):
                     )
                 if safe:
                     layer.merged_weight(layer.to_merge(adapter_names), safe=True)
+                quantized = quantized or is_quantized(layer.get_base_layer())
+        if quantized:
+            warnings.warn(
+                "hal_peft: merging into a quantized weight may get different generations due to "
+                "rounding errors",
+                stacklevel=stacklevel,
+            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
