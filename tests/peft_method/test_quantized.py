@@ -245,6 +245,21 @@ def test_merge_and_unload(kind, base):
 
 
 @FEW
+def test_two_merges_and_one_way_back(kind, base):
+    model = adapted(base(kind))
+    model.add_adapter("other", LLAMA.config())
+    zoo.perturb(model)
+    zoo.perturb(model, "other")
+    inputs = batch(model)
+    expected = zoo.logits(model, inputs)
+    for name in ("default", "other"):
+        with pytest.warns(UserWarning, match="rounding errors"):
+            model.merge_adapter([name])
+    model.unmerge_adapter()
+    assert torch.equal(zoo.logits(model, inputs), expected)
+
+
+@FEW
 def test_safe_merge_rejects_nan(kind, base):
     model = adapted(base(kind))
     zoo.perturb(model)
