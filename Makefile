@@ -13,12 +13,13 @@ ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
 MADE := $(VENV)/.stamp
+QUANTIZED := build/quantized
 
 # Tests, demo and benchmarks need no model hub, so a slow or missing network cannot change them.
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow sanitize coverage gpu-check bench bench-quick lint format clean
+.PHONY: help install demo test test-slow test-quantized sanitize coverage gpu-check bench bench-quick lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +57,15 @@ test: install ## run the tests, all but the slow ones
 
 test-slow: install ## run the slow tests alone
 	@$(PYTEST) -m slow $(ARGS)
+
+# Aside, in a folder that only this target looks into: torchao reports at every import of
+# transformers what it could not load.
+$(QUANTIZED): $(MADE)-project
+	$(PIP) --quiet --no-deps --target $@ bitsandbytes torchao
+	@touch $@
+
+test-quantized: $(QUANTIZED) ## run the tests that need bitsandbytes and torchao
+	@PYTHONPATH=$(QUANTIZED) $(PYTEST) tests/peft_method/test_quantized.py $(ARGS)
 
 # AddressSanitizer has to be in the process before anything else, and so has libstdc++, whose throw
 # it intercepts; Python itself leaks on purpose. Fresh memory is filled with NaN in this build. pytest
