@@ -20,6 +20,7 @@ from .models import Base
 
 METHODS = ("frozen", "floor", "lora", "adalora", "hal-direct", "hal-hyper")
 ALL_METHODS = ("frozen", "floor", "lora", "dora", "adalora", "hal-direct", "hal-hyper")
+HYPER_PEFT = ("hyper-lora", "hyper-dora", "hyper-dylora")  # bench.hyper_peft
 RANK, INIT_RANK, INTERVAL = 3, 5, 10
 WARMUP = STEPS + 1  # hal-hyper's first steps choose directions, at another cost
 TOTAL_STEPS = 10_000  # nothing is pruned for good while we measure, as early in a real run
@@ -55,7 +56,7 @@ def build(
             embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
             embeddings.register_forward_hook(lambda m, args, output: output.requires_grad_(True))
         return model
-    if name in ("lora", "dora", "dylora", "adalora"):
+    if name in ("lora", "dora", "dylora", "adalora", *HYPER_PEFT):
         from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
         common: dict[str, Any] = {
@@ -70,10 +71,14 @@ def build(
                 tfinal=tfinal, total_step=total_step, **common,
             )  # fmt: skip
         else:
-            config = LoraConfig(r=rank, use_dora=name == "dora", **common)
+            config = LoraConfig(r=rank, use_dora=name.endswith("dora"), **common)
         adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
-        if name == "dylora":
+        if name.endswith("dylora"):
             truncate_at_random(adapted, rank)
+        if name in HYPER_PEFT:
+            from .hyper_peft import generate_factors
+
+            generate_factors(adapted)
         return adapted  # type: ignore[no-any-return]
     options: dict[str, Any] = {"hypernet": "bert", "schedule": "fixed"}
     if name == "hal-direct":  # AdaLoRA's own method

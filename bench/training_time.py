@@ -4,9 +4,10 @@
 
 The paper trains 7B and 8B models. Here a Llama of four blocks and width 128, which reads bytes, is
 first trained in full on the other task's text, so that there is something to adapt, and then
-fine-tuned by each method: PEFT's LoRA, DoRA and AdaLoRA, a DyLoRA on PEFT's LoRA, and this library
-without and with hypernetworks ("hal-direct", "hal-hyper"). They take steps in turn on the same
-batches; rank 3 (initially 5). LoRA, DoRA and DyLoRA with hypernetworks do not exist here.
+fine-tuned by each method: PEFT's LoRA and DoRA, a DyLoRA on PEFT's LoRA, these three with
+hypernetworks (bench.hyper_peft: "hyper-lora", …), PEFT's AdaLoRA, and this library without and with
+hypernetworks ("hal-direct", "hal-hyper"). They take steps in turn on the same batches; rank 3
+(initially 5).
 
 Each method has a learning rate of its own (LR), times each of --lr-scale; results are read at the
 best one. Only the text's loss counts, without a penalty, and only a step's own seconds. A row holds
@@ -38,8 +39,8 @@ from .models import DECODER, Base
 from .training_step import TOLERANCE, check_start, this_device
 
 LR = {  # README: start with these
-    "lora": 3e-3, "dora": 3e-3, "dylora": 3e-3, "adalora": 1e-2, "hal-direct": 1e-2,
-    "hal-hyper": 3e-4,
+    "lora": 3e-3, "hyper-lora": 2e-4, "dora": 3e-3, "hyper-dora": 2e-4,
+    "dylora": 3e-3, "hyper-dylora": 1e-4, "adalora": 1e-2, "hal-direct": 1e-2, "hal-hyper": 3e-4,
 }  # fmt: skip
 METHODS = tuple(LR)
 LENGTH, BATCH, BASE_LR = 128, 16, 2e-3
