@@ -189,10 +189,14 @@ def in_own_process(module: str, *arguments: str) -> dict[str, Any]:
     return result
 
 
+def hush() -> None:
+    """Without warnings that PEFT calls what transformers has renamed: nothing to act on."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Options that every benchmark has."""
-    # PEFT calls what transformers has since renamed: nothing the reader can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    hush()
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

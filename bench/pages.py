@@ -81,7 +81,8 @@ def scaling_page() -> Page | None:
     found = newest_each(rows("scaling"), "axis", "value")
     if not found:
         return None
-    text = "# Cost of a step by depth, width, rank and tokens\n\n![ms a step](scaling.png)\n"
+    text = "# Cost of a step by depth, width, rank, tokens and processes\n\n"
+    text += "![ms a step](scaling.png)\n"
     for own in groups(found, "axis"):
         own.sort(key=lambda row: row["value"])
         methods = list(own[0]["methods"])
@@ -89,8 +90,16 @@ def scaling_page() -> Page | None:
             [str(r["value"]), *(f"{r['methods'][m]['step']['median_ms']:.1f}" for m in methods)]
             for r in own
         ]
-        text += f"\n## {own[0]['label'].capitalize()}: {own[0]['title']}\n\nMs a step, medians.\n\n"
-        text += markdown([own[0]["label"], *methods], body) + source(own[-1])
+        label = own[0]["label"]
+        text += f"\n## {label[0].upper() + label[1:]}: {own[0]['title']}\n\nMs a step, medians.\n\n"
+        text += markdown([label, *methods], body) + source(own[-1])
+        if "sent_bytes" in own[0]["methods"][methods[0]]:
+            body = [
+                [str(r["value"]), *(f"{r['methods'][m]['sent_bytes'] / 1e6:.3g}" for m in methods)]
+                for r in own
+            ]
+            text += "\nMB that each process sends in a step, counted (ring algorithm).\n\n"
+            text += markdown([label, *methods], body)
     return text, {"scaling.png": lambda path: scaling(found, path)}
 
 

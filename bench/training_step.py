@@ -1,12 +1,14 @@
 """Training steps of several methods on one base model: timed in turn, checked, and their memory."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch.nn.functional import cross_entropy
+
+from hal_kernels.nn.processes import average_
 
 from .common import in_own_process, interleaved, summary
 from .methods import Method, batch_of
@@ -38,11 +40,24 @@ def measure(
     device = this_device()
     model = base.build(device)
     running = {name: Method(name, model, base, device, **options) for name in methods}
-    rows = batch_of(batch, length, device)
+    return timed(base, running, batch_of(batch, length, device), repeats, warmup)
+
+
+def timed(
+    base: Base,
+    running: Mapping[str, Method],
+    rows: dict[str, torch.Tensor],
+    repeats: int,
+    warmup: int,
+    *,
+    show: bool = True,
+) -> dict[str, Any]:
+    """`measure` of methods that are there, on a batch; `show` says how far it is."""
     steps = {name: (lambda m=method: m.step(rows)) for name, method in running.items()}
     first: dict[str, float] = {}
     samples: dict[str, list[dict[str, float]]] = {}
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=not show) as progress:
+        batch = len(rows["labels"])
         task = progress.add_task(f"{base.name}, batch {batch}", total=repeats + warmup)
         for measured in interleaved(steps, repeats, warmup):
             samples = measured
@@ -68,12 +83,11 @@ def measure(
     }
 
 
-def losses(methods: dict[str, Method], rows: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The task's loss in the step just taken, without any penalty."""
-    return {
-        name: float(cross_entropy(method.logits.float(), rows["labels"]))
-        for name, method in methods.items()
-    }
+def losses(methods: Mapping[str, Method], rows: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The task's loss in the step just taken, without any penalty; of all processes the mean."""
+    found = [cross_entropy(m.logits.float(), rows["labels"]) for m in methods.values()]
+    average_(found, None)
+    return dict(zip(methods, map(float, found), strict=True))
 
 
 def check_start(first: dict[str, float], tolerance: float) -> None:
