@@ -147,12 +147,12 @@ def gamma_points(rows: Sequence[Row], path: Path) -> None:
 def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
     """Running mean of the loss against steps and seconds, by method; band: all its seeds.
 
-    Seconds are left out where a run has none (null: the machine was shared).
+    Seconds are of methods whose runs all have them (null: the machine was shared).
     """
-    timed = all(run["seconds"] for own in runs.values() for run in own)
+    timed = {method for method, own in runs.items() if all(run["seconds"] for run in own)}
     figure, panels = plt.subplots(
-        1, 1 + timed, figsize=(6.0 + 4.4 * timed, 4.0), sharey=True, layout="constrained",
-        squeeze=False,
+        1, 1 + bool(timed), figsize=(6.0 + 4.4 * bool(timed), 4.0), sharey=True,
+        layout="constrained", squeeze=False,
     )  # fmt: skip
     left = panels[0, 0]
     others = ("-", "--", "-.", ":")
@@ -162,9 +162,9 @@ def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
         }  # fmt: skip
         means = np.array([running_mean(run["losses"], WINDOW)[WINDOW - 1 :] for run in own])
         x_axes = [np.arange(WINDOW, WINDOW + means.shape[1])]
-        if timed:
+        if method in timed:
             x_axes.append(np.array([run["seconds"] for run in own]).cumsum(1).mean(0)[WINDOW - 1 :])
-        for axes, x in zip(panels[0], x_axes, strict=True):
+        for axes, x in zip(panels[0], x_axes, strict=False):
             axes.plot(
                 x, means.mean(0), label=f"{method}, lr {own[0]['lr']:g}", linewidth=1.5,
                 markevery=0.13, markersize=5, **style,

@@ -98,6 +98,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "convergence-fresh": lambda: convergence(seeds=(3, 4, 5)),
     "convergence-trials": lambda: convergence("convergence_trials"),
     "convergence-stdlib": lambda: convergence(task="stdlib", seeds=(3, 4, 5), targets=STDLIB),
+    "convergence-trials-stdlib": lambda: convergence(
+        "convergence_trials", task="stdlib", seeds=(3, 4, 5), targets=STDLIB
+    ),
     "convergence-rte": lambda: convergence(task="rte", steps=480, targets=RTE),
     "convergence-rank-8": lambda: convergence(rank=8),
     "convergence-width-768": lambda: convergence(model="MiniLM-L6-2x"),
