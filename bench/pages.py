@@ -205,7 +205,11 @@ def quality_page() -> Page | None:
     return text, plots
 
 
-def _mean_and_range(values: Sequence[float]) -> str:
+def _mean_and_range(values: Sequence[float | None]) -> str:
+    """Of seconds, null where the machine was shared: nothing then."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
     mean = f"{statistics.fmean(values):.4g}"
     return mean if len(values) == 1 else f"{mean} [{min(values):.4g}–{max(values):.4g}]"
 

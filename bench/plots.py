@@ -139,7 +139,7 @@ def gamma_points(rows: Sequence[Row], path: Path) -> None:
         axes.set_ylabel(label)
         axes.set_xticks(weights)
         axes.grid(alpha=0.3)
-    panels[1].set_ylim(bottom=0)
+    panels[1].set_yscale("log")  # without a penalty it is a thousand times as much
     panels[0].legend(fontsize=8)
     save(figure, path)
 
