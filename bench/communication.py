@@ -72,7 +72,7 @@ def sent(size: float, gpus: int) -> float:
 
 
 def hypernetwork_parameters(shapes: Sequence[Shape], init_rank: int) -> int:
-    """|Φ|: depends on the distinct widths, and on the directions (Λ's embedding), not on depth."""
+    """|Φ|: depends on the distinct widths, and on the directions (Λ's embedding and offsets)."""
     config = HALConfig()
     with torch.device("meta"):
         made = Hypernetwork(
@@ -80,10 +80,10 @@ def hypernetwork_parameters(shapes: Sequence[Shape], init_rank: int) -> int:
             sorted({shape.d_in for shape in shapes}),
             sorted({shape.d_out for shape in shapes}),
             directions(shapes, init_rank),
-            lam_offsets=config.anchored and config.lam_offsets,
+            beside_offsets=True,
             zero_output=False,
         )
-    return sum(p.numel() for p in made.parameters())
+    return sum(p.numel() for p in made.parameters()) + directions(shapes, init_rank)
 
 
 def directions(shapes: Sequence[Shape], rank: int) -> int:

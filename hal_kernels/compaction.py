@@ -44,22 +44,17 @@ def compact_adapter(adapter: HyperAdapter) -> None:
     ranks = [int(mask.sum()) for mask in kept.cpu().split(layout.ranks)]
     if sum(ranks) == 0:
         raise ValueError("compact: every direction is pruned, nothing would be left")
-    by_order = {"p": kept[adapter.rows_p], "lam": kept, "q": kept[adapter.rows_q]}
-    prefixes = ["", "anchor_", "importance_", "uncertainty_"]
-    for prefix in [p for p in prefixes if hasattr(adapter, f"{p}lam")]:
-        packed = adapter.packed(prefix)
-        for tensors, side, groups in (
-            (packed.p, "p", layout.p.groups),
-            (packed.q, "q", layout.q.groups),
-        ):
-            rows = by_order[side].split([group.rows for group in groups])
-            for tensor, keep in zip(tensors, rows, strict=True):
+    rows = {"lam": kept}
+    for name, side in (("p", layout.p), ("q", layout.q)):
+        parts = kept[getattr(adapter, f"rows_{name}")].split(side.sizes)
+        rows |= {f"{name}_{g.width}": keep for g, keep in zip(side.groups, parts, strict=True)}
+    for prefix in ("", "anchor_", "offset_", "importance_", "uncertainty_"):
+        for name, keep in rows.items():
+            tensor = getattr(adapter, f"{prefix}{name}", None)
+            if tensor is not None:
                 _keep_rows(optimizers, tensor, keep)
-        _keep_rows(optimizers, packed.lam, kept)
     if adapter.hypernet is not None:
         _keep_rows(optimizers, adapter.hypernet.lam_embedding, kept)
-        if adapter.hypernet.lam_offset is not None:
-            _keep_rows(optimizers, adapter.hypernet.lam_offset, kept)
     _keep_rows(optimizers, adapter.mask, kept)
     adapter.set_layout(layout.with_ranks(ranks))
 

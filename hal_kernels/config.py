@@ -13,6 +13,7 @@ from .ops.orthogonality_penalty import KINDS as PENALTIES
 HYPERNETS = ("bert", "mlp", "cnn", "direct")
 UPDATES = ("anchor", "replace", "residual")
 INITS = ("gradient", "random")
+OFFSETS = ("none", "lam", "all")
 ALLOCATIONS = ("sensitivity", "ema", "magnitude")
 SCHEDULES = ("fixed", "cubic")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -42,9 +43,10 @@ class HALConfig:
             gradients in the first four optimizer steps (fewer if ranks are allocated before),
             which move nothing else of the adapter (docs/convergence.md); "random" takes Gaussian
             rows of unit norm. None: "gradient" for a hypernetwork with "anchor", else "random".
-        lam_offsets: with "anchor", whether every singular value has a trainable offset of its own
-            beside what its hypernetwork generates, at 100 times the learning rate
-            (docs/convergence.md); False is the paper's form.
+        offsets: with "anchor", what has trainable offsets of its own beside what hypernetworks
+            generate: "lam", every singular value, at 100 times the learning rate; "all", P and Q
+            too, at 30 times (the number of trained parameters then grows with depth, and training
+            ends at a lower loss: docs/convergence.md); "none" is the paper's form.
         alpha: scaling s = alpha / rank, constant while pruning goes on.
         rank_pattern: initial ranks of single layers, instead of `init_rank`. Keys are names,
             endings or regular expressions for an ending, as PEFT's; the first that matches counts.
@@ -78,7 +80,7 @@ class HALConfig:
     norm_first: bool = False
     update: str = "anchor"
     init: str | None = None
-    lam_offsets: bool = True
+    offsets: str = "lam"
     alpha: float = 8.0
     rank_pattern: Mapping[str, int] | None = dataclasses.field(default=None, hash=False)
     alpha_pattern: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
@@ -120,6 +122,7 @@ class HALConfig:
                     "init is 'gradient', expected 'random': update=\"replace\" keeps nothing of "
                     "the initial directions"
                 )
+        _expect_choice("offsets", self.offsets, OFFSETS)
         _expect_choice("penalty", self.penalty, PENALTIES)
         _expect_choice("allocation", self.allocation, ALLOCATIONS)
         _expect_choice("schedule", self.schedule, SCHEDULES)
@@ -152,7 +155,7 @@ class HALConfig:
             _expect_int("seed", self.seed, 0)
             if self.seed >= 2**63:
                 raise ValueError(f"seed is {self.seed}, expected less than 2**63")
-        for name in ("norm_first", "lam_offsets", "skip_nonfinite"):
+        for name in ("norm_first", "skip_nonfinite"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}, expected a bool")
         if self.dtype not in DTYPES.values():
@@ -162,6 +165,10 @@ class HALConfig:
     def anchored(self) -> bool:
         """Whether a hypernetwork's output is added to the initial factors."""
         return self.hypernet != "direct" and self.update == "anchor"
+
+    def offsets_of(self, name: str) -> bool:
+        """Whether the packed factor of this name ("lam", "p_768", …) has offsets of its own."""
+        return self.anchored and (self.offsets == "all" or (self.offsets, name) == ("lam", "lam"))
 
     @property
     def aligned(self) -> bool:

@@ -39,8 +39,8 @@ def stir(model: nn.Module, seed: int = 0) -> None:
         for name, parameter in model.hal.named_parameters():
             if not parameter.any():
                 scale = 0.3 if parameter.dim() == 1 else 0.3 / parameter.shape[-1] ** 0.5
-                if name.endswith("lam_offset"):
-                    scale /= hypernet.OFFSET_SCALE
+                if name.startswith("offset_"):
+                    scale /= hypernet.OFFSET_SCALES["plq".index(name[7])]
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 

@@ -99,11 +99,12 @@ def test_one_graph(hypernet):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("update", ["residual", "replace"])
+@pytest.mark.parametrize("update", ["residual", "replace", "anchor"])
 def test_other_options(update):
-    """Probes on all factors, state read by the generation itself, a penalty with a square root."""
+    """Probes on all factors, state read by the generation itself, a penalty with a square root;
+    offsets of all factors."""
     hypernet = "bert"
-    options = {"update": update, "allocation": "ema", "penalty": "frobenius"}
+    options = {"update": update, "offsets": "all", "allocation": "ema", "penalty": "frobenius"}
     eager, model = (patched(models.net, hypernet, **options) for _ in range(2))
     run, _ = compiled(model)
     optimizers = [adam(eager), adam(model)]

@@ -105,7 +105,7 @@ def test_the_optimizer_holds_the_hypernetworks_alone(hypernet):
     """Factors, anchors, masks and scores are state: buffers, saved, moved, and never stepped."""
     model = patched(hypernet=hypernet, allocation="ema")
     names = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n for n in names if not n.startswith("hal.hypernet.")} == {
+    assert {n for n in names if not n.startswith(("hal.hypernet.", "hal.offset_"))} == {
         "classifier.weight", "classifier.bias"
     }  # fmt: skip
     index = ("rows", "positions", "offsets")
@@ -167,6 +167,12 @@ def generated_by_hand(model):
         sides = layout.p.split(packed.p), packed.lam.split(layout.ranks), layout.q.split(packed.q)
         return list(zip(*sides, strict=True))
 
+    packed, held = adapter.packed(), dict(adapter.named_parameters())
+    offsets = [
+        held.get(f"offset_{name}", torch.zeros_like(tensor))
+        for name, tensor in zip(adapter._names, packed.tensors(), strict=True)
+    ]
+    offsets = unpacked(model, packed.like(offsets))
     state_i = by_layer("")
     base = by_layer("anchor_") if update == "anchor" else state_i
     masks = adapter.mask.split(layout.ranks)
@@ -188,8 +194,8 @@ def generated_by_hand(model):
         if update != "replace":
             out = tuple(b + o for b, o in zip(base[index], out, strict=True))
         if update == "anchor":
-            offset = hypernet.lam_offset.split(layout.ranks)[index]
-            out = (out[0], out[1] + 100.0 * offset, out[2])
+            scales = (30.0, 100.0, 30.0)
+            out = tuple(o + s * x for o, s, x in zip(out, scales, offsets[spec.name], strict=True))
         yield spec.name, out
 
 
@@ -200,13 +206,16 @@ def unpacked(model, packed):
     return {spec.name: (p[i], lam[i], q[i]) for i, spec in enumerate(layout.layers)}
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(
+    "update, offsets", [(update, "lam") for update in UPDATES] + [("anchor", "all")]
+)
 @pytest.mark.parametrize("hypernet, norm_first", ORDERS)
-def test_update_rule(hypernet, norm_first, update):
+def test_update_rule(hypernet, norm_first, update, offsets):
     """factors_{i+1} = H(factors_i; Φ) for every layer by itself, over steps with pruning."""
     model = patched(
         lambda: models.net(dtype=torch.float64), hypernet=hypernet, update=update,
         norm_first=norm_first, dtype=torch.float64, interval=1, prune_per_interval=1,
+        offsets=offsets,
     )  # fmt: skip
     optimizer = adam(model)
     for inputs in batches(model, 4):

@@ -272,7 +272,7 @@ class HyperAdapter(State):
         prefix = {"anchor": "anchor_", "residual": ""}.get(self.config.update)
         base = None if prefix is None else self.packed(prefix)
         with torch.autocast(self.mask.device.type, enabled=False):
-            return self.hypernet(state, self.mask, slots, base)
+            return self.hypernet(state, self.mask, slots, base, self.offsets())
 
     def _generate_with_graph(self, *, once: bool = True) -> Generation:
         """One generation inside autograd.

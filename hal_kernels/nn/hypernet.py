@@ -23,8 +23,9 @@ HIDDEN = 312
 HEADS = 12
 INNER = 1200
 SETS = 3  # P, Λ, Q
-OFFSET_SCALE = 100.0  # at a hypernetwork's rate of 1e-4, Λ's offsets move by AdaLoRA's 1e-2 a step
-OUTPUT_SCALES = (0.3, 0.1, 0.3)  # of P, Λ and Q beside such offsets: a learning rate for all three
+# At a hypernetwork's 3e-4 offsets of P and Q move by AdaLoRA's 1e-2 a step, Λ's at its 1e-4.
+OFFSET_SCALES = (30.0, 100.0, 30.0)
+OUTPUT_SCALES = (0.3, 0.1, 0.3)  # of P, Λ and Q beside offsets: a learning rate for all three
 MLP_WIDTHS = (256,) * 8 + (512,) * 4 + (1024,) * 3
 CNN_STAGES = ((64, 2), (128, 3), (256, 3))  # channels, residual blocks
 CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
@@ -150,9 +151,9 @@ class Hypernetwork(nn.Module):
         architecture: a key of `BODIES`.
         p_widths, q_widths: the distinct widths of either side, ascending.
         rows: R, singular directions over all layers.
-        lam_offsets: give every singular value an offset of its own. A step of the shared maps moves
-            each direction by what is good for all, give or take; Λ, which decides what the loss
-            sees of a direction, follows its own gradient instead.
+        beside_offsets: factors have offsets of their own, so outputs start smaller. A step of the
+            shared maps moves each direction by what is good for all, give or take; what has an
+            offset follows its own gradient too. Λ decides what the loss sees of a direction.
         zero_output: start the output projections at zero (the output is zero at first); else at the
             scale of orthonormal rows, elements of about 1/√d_w.
         options: of the body: `norm_first` for "bert".
@@ -165,7 +166,7 @@ class Hypernetwork(nn.Module):
         q_widths: Sequence[int],
         rows: int,
         *,
-        lam_offsets: bool,
+        beside_offsets: bool,
         zero_output: bool,
         **options: bool,
     ) -> None:
@@ -179,14 +180,18 @@ class Hypernetwork(nn.Module):
         self.p_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in p_widths)
         self.q_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in q_widths)
         self.lam_out = _projection(HIDDEN, 1, scale * 0.05)  # near the identity, not on it
-        self.lam_offset = nn.Parameter(torch.zeros(rows)) if lam_offsets else None
-        for which, output_scale in enumerate(OUTPUT_SCALES if lam_offsets else ()):
+        for which, output_scale in enumerate(OUTPUT_SCALES if beside_offsets else ()):
             norm = self.body.last_norm(which)  # type: ignore[operator]
             if norm is not None:
                 norm.detach().fill_(output_scale)
 
     def forward(
-        self, factors: Packed, mask: torch.Tensor, slots: Slots, base: Packed | None = None
+        self,
+        factors: Packed,
+        mask: torch.Tensor,
+        slots: Slots,
+        base: Packed | None = None,
+        offsets: Packed | None = None,
     ) -> Packed:
         """One pass over every layer's factors.
 
@@ -195,6 +200,7 @@ class Hypernetwork(nn.Module):
             mask: ``[R]``, positive where a direction is kept; in the row order of Λ.
             slots: where all rows lie.
             base: what the output is added to, or None.
+            offsets: added to that, times OFFSET_SCALES; P's and Q's may be empty.
         """
         weights, biases = _parameters(*self.p_in, self.lam_in, *self.q_in)
         tokens, keys = hypernet_tokens(
@@ -205,26 +211,43 @@ class Hypernetwork(nn.Module):
         made = factors.like(
             hypernet_factors(self.body(tokens, keys), weights, biases, slots, added_to)
         )
-        if self.lam_offset is None:
+        if offsets is None:
             return made
-        return made._replace(lam=_Offset.apply(made.lam, self.lam_offset))
+        p, lam, q = _OFFSETS
+        return Packed(
+            p.apply(*made.p, *offsets.p) if offsets.p else made.p,
+            lam.apply(made.lam, offsets.lam)[0],
+            q.apply(*made.q, *offsets.q) if offsets.q else made.q,
+        )
 
 
-class _Offset(torch.autograd.Function):
-    """Λ with its offsets added, whose learning rate is `OFFSET_SCALE` times the optimizer's.
+def _offset(scale: float) -> type[torch.autograd.Function]:
+    """Tensors with as many offsets added, whose learning rate is `scale` times the optimizer's.
 
-    So they move that much further than their gradient, which is that of Λ itself: it weighs no more
-    than others' where gradients are clipped by their norm.
+    So they move that much further than their gradient, which is that of the factors themselves: it
+    weighs no more than others' where gradients are clipped by their norm.
     """
 
-    @staticmethod
-    def forward(ctx: Any, lam: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        return torch.add(lam, offset, alpha=OFFSET_SCALE)
+    class Offset(torch.autograd.Function):
+        # For torch.compile the scale is no argument, of which it would make a tensor, and the first
+        # tensor one of its own: two alone after ctx it takes for a function without ctx.
+        @staticmethod
+        def forward(
+            ctx: Any, first: torch.Tensor, *others: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
+            tensors = (first, *others)
+            count = len(tensors) // 2
+            return tuple(torch._foreach_add(tensors[:count], tensors[count:], alpha=scale))
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # An alias: autograd would copy a tensor that it sends both ways.
-        return gradient, gradient.detach()
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            # Aliases: autograd would copy a tensor that it sends both ways.
+            return *gradients, *(gradient.detach() for gradient in gradients)
+
+    return Offset
+
+
+_OFFSETS = tuple(map(_offset, OFFSET_SCALES))
 
 
 def _parameters(*maps: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -48,6 +48,8 @@ class State(nn.Module):
                 self.register_buffer(name, value)
                 if config.anchored:
                     self.register_buffer(f"anchor_{name}", value.clone())
+            if config.offsets_of(name):
+                self.register_parameter(f"offset_{name}", nn.Parameter(torch.zeros_like(value)))
             if config.allocation == "ema":
                 self.register_buffer(f"importance_{name}", torch.zeros_like(value))
                 self.register_buffer(f"uncertainty_{name}", torch.zeros_like(value))
@@ -59,7 +61,7 @@ class State(nn.Module):
                 [g.width for g in layout.p.groups],
                 [g.width for g in layout.q.groups],
                 layout.rows,
-                lam_offsets=config.anchored and config.lam_offsets,
+                beside_offsets=config.offsets_of("lam"),
                 zero_output=config.update != "replace",
                 **({"norm_first": True} if self.norm_first else {}),
             ).to(dtype)
@@ -89,3 +91,11 @@ class State(nn.Module):
             tensors[self._count_p],
             tuple(tensors[self._count_p + 1 :]),
         )
+
+    def offsets(self) -> Packed | None:
+        """What is added to generated factors, P and Q empty where Λ alone has some."""
+        if not self.config.offsets_of("lam"):
+            return None
+        if self.config.offsets == "lam":
+            return Packed((), self.get_parameter("offset_lam"), ())
+        return self.packed("offset_")

@@ -21,7 +21,7 @@ class HyperAdaLoraType(str, enum.Enum):  # noqa: UP042 (str() as PEFT's own Peft
 
 
 HAL_OPTIONS = (
-    "hypernet", "norm_first", "update", "init", "lam_offsets", "gamma", "penalty", "allocation",
+    "hypernet", "norm_first", "update", "init", "offsets", "gamma", "penalty", "allocation",
     "schedule", "interval", "prune_per_interval", "tinit", "tfinal", "total_step",
     "beta1", "beta2", "seed", "skip_nonfinite", "rank_pattern", "alpha_pattern",
 )  # fmt: skip
@@ -50,7 +50,7 @@ class HyperAdaLoraConfig(PeftConfig):
         alpha_pattern: lora_alpha of single layers.
         dtype: of factors and hypernetworks: "float32", "float64" or "bfloat16". They keep it
             whatever the base model's is.
-        hypernet, norm_first, update, init, lam_offsets, gamma, penalty, allocation, schedule,
+        hypernet, norm_first, update, init, offsets, gamma, penalty, allocation, schedule,
             interval, prune_per_interval, tinit, tfinal, total_step, beta1, beta2, seed,
             skip_nonfinite: as for `hal_kernels.HALConfig`.
 
@@ -98,8 +98,9 @@ class HyperAdaLoraConfig(PeftConfig):
         default=None,
         metadata={"help": "Where P and Q start: 'gradient', 'random'; None: as fits."},
     )
-    lam_offsets: bool = field(
-        default=True, metadata={"help": "'anchor': every singular value has a trainable offset."}
+    offsets: str = field(
+        default="lam",
+        metadata={"help": "'anchor': what has trainable offsets: 'none', 'lam' or 'all'."},
     )
     gamma: float = field(default=0.1, metadata={"help": "Weight of the orthogonality penalty."})
     penalty: str = field(default="squared", metadata={"help": "'squared' or 'frobenius'."})

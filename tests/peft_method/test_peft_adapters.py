@@ -179,7 +179,7 @@ def test_training_goes_on_after_loading(hypernet, init, tmp_path):
     """Bit for bit the run that was not interrupted: counter, masks and scores are saved."""
     options = {
         "hypernet": hypernet, "init": init, "interval": 5, "prune_per_interval": 3,
-        "allocation": "ema", "lam_offsets": False,
+        "allocation": "ema", "offsets": "none",
     }  # fmt: skip
     sgd = torch.optim.SGD  # which has no state of its own to carry over
     model = MLP.adapted(**options)
