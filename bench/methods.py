@@ -21,7 +21,7 @@ from .models import Base
 METHODS = ("frozen", "floor", "lora", "adalora", "hal-direct", "hal-hyper")
 ALL_METHODS = ("frozen", "floor", "lora", "dora", "adalora", "hal-direct", "hal-hyper")
 HYPER_PEFT = ("hyper-lora", "hyper-dora", "hyper-dylora")  # bench.hyper_peft
-RANK, INIT_RANK, INTERVAL = 3, 5, 10
+RANK, INIT_RANK, INTERVAL, ALPHA = 3, 5, 10, 8
 WARMUP = STEPS + 1  # hal-hyper's first steps choose directions, at another cost
 TOTAL_STEPS = 10_000  # nothing is pruned for good while we measure, as early in a real run
 
@@ -63,7 +63,7 @@ def build(
         from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
         common: dict[str, Any] = {
-            "lora_alpha": 8, "target_modules": targets,
+            "target_modules": targets,
             # Without one PEFT leaves its penalty out.
             "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         }  # fmt: skip
@@ -72,9 +72,11 @@ def build(
             config = AdaLoraConfig(
                 init_r=init_rank, target_r=rank, orth_reg_weight=0.1, deltaT=interval, tinit=0,
                 tfinal=tfinal, total_step=total_step, **common,
+                # It divides by the initial rank where others divide by the rank.
+                lora_alpha=ALPHA * init_rank / rank,
             )  # fmt: skip
         else:
-            config = LoraConfig(r=rank, use_dora=name.endswith("dora"), **common)
+            config = LoraConfig(r=rank, lora_alpha=ALPHA, use_dora=name.endswith("dora"), **common)
         adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
         if name.endswith("dylora"):
             truncate_at_random(adapted, rank)
@@ -90,8 +92,8 @@ def build(
             "schedule": "cubic", "total_step": total_step, "tfinal": tfinal,
         }  # fmt: skip
     return hal_kernels.patch_model(
-        model, rank, init_rank=init_rank, targets=targets, modules_to_save=(head,) if head else (),
-        interval=interval, seed=0, **options,
+        model, rank, init_rank=init_rank, alpha=ALPHA, targets=targets, interval=interval, seed=0,
+        modules_to_save=(head,) if head else (), **options,
     )  # fmt: skip
 
 

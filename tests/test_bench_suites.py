@@ -297,3 +297,24 @@ def test_beside_the_paper_is_what_was_measured_or_says_that_nothing_was(results)
         "| pass@1, humaneval, LLaMA3.1-8B | 1.000 | not measured |",
     ):
         assert line in found
+
+
+def test_all_methods_scale_alike():
+    """ΔW is α / r times its factors, whatever a method calls α and r."""
+    base = models.roberta_base(layers=1, width=64)
+    found = {}
+    for name in ("lora", "dora", "adalora", "hal-direct", "hal-hyper"):
+        model = methods.Method(
+            name, base.build(torch.device("cpu")), base, torch.device("cpu")
+        ).model
+        if name.startswith("hal"):
+            found[name] = set(model.hal.scalings)
+            continue
+        layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+        found[name] = {
+            m.scaling["default"] / (m.ranknum["default"].item() if name == "adalora" else 1)
+            for m in layers
+        }
+    # AdaLoRA adds 1e-5 to its number of directions
+    assert all(s == pytest.approx(8 / 3, rel=1e-5) for own in found.values() for s in own), found
+    assert all(found.values())
