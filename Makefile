@@ -65,6 +65,7 @@ $(QUANTIZED): $(MADE)-project
 	@touch $@
 
 test-quantized: $(QUANTIZED) ## run the tests that need bitsandbytes and torchao
+	@PYTHONPATH=$(QUANTIZED) $(PY) -c 'import bitsandbytes, torchao' # without them all tests skip
 	@PYTHONPATH=$(QUANTIZED) $(PYTEST) tests/peft_method/test_quantized.py $(ARGS)
 
 # AddressSanitizer has to be in the process before anything else, and so has libstdc++, whose throw
