@@ -57,7 +57,7 @@ class Factors(nn.Module):
         self.body = hypernet.BertBody()
         for name, weight in list(self.body.named_parameters()):
             setattr(self.body, name, nn.Parameter(weight.detach()[:2].clone()))
-        self.body.last_norm(slice(None)).detach().fill_(hypernet.OUTPUT_SCALES[0])
+        self.body.last_norm(slice(None)).detach().fill_(hypernet.OUTPUT_SCALES["lam"][0])
         for a, b in self._layers:
             del a.weight, b.weight
 

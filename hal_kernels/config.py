@@ -44,9 +44,10 @@ class HALConfig:
             which move nothing else of the adapter (docs/convergence.md); "random" takes Gaussian
             rows of unit norm. None: "gradient" for a hypernetwork with "anchor", else "random".
         offsets: with "anchor", what has trainable offsets of its own beside what hypernetworks
-            generate: "lam", every singular value, at 100 times the learning rate; "all", P and Q
-            too, at 30 times (the number of trained parameters then grows with depth, and training
-            ends at a lower loss: docs/convergence.md); "none" is the paper's form.
+            generate: "all", P and Q at 30 and Λ at 60 times the learning rate, as many parameters
+            more as AdaLoRA has; "lam", Λ alone, at 100 times: trained parameters hardly grow with
+            depth then, and training ends at a higher loss (docs/convergence.md); "none" is the
+            paper's form.
         alpha: scaling s = alpha / rank, constant while pruning goes on.
         rank_pattern: initial ranks of single layers, instead of `init_rank`. Keys are names,
             endings or regular expressions for an ending, as PEFT's; the first that matches counts.
@@ -80,7 +81,7 @@ class HALConfig:
     norm_first: bool = False
     update: str = "anchor"
     init: str | None = None
-    offsets: str = "lam"
+    offsets: str = "all"
     alpha: float = 8.0
     rank_pattern: Mapping[str, int] | None = dataclasses.field(default=None, hash=False)
     alpha_pattern: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
@@ -166,9 +167,10 @@ class HALConfig:
         """Whether a hypernetwork's output is added to the initial factors."""
         return self.hypernet != "direct" and self.update == "anchor"
 
-    def offsets_of(self, name: str) -> bool:
-        """Whether the packed factor of this name ("lam", "p_768", …) has offsets of its own."""
-        return self.anchored and (self.offsets == "all" or (self.offsets, name) == ("lam", "lam"))
+    @property
+    def own_offsets(self) -> str:
+        """What has offsets of its own: `offsets`, where there is an anchor."""
+        return self.offsets if self.anchored else "none"
 
     @property
     def aligned(self) -> bool:

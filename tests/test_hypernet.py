@@ -194,7 +194,7 @@ def generated_by_hand(model):
         if update != "replace":
             out = tuple(b + o for b, o in zip(base[index], out, strict=True))
         if update == "anchor":
-            scales = (30.0, 100.0, 30.0)
+            scales = (30.0, {"lam": 100.0, "all": 60.0}[adapter.config.offsets], 30.0)
             out = tuple(o + s * x for o, s, x in zip(out, scales, offsets[spec.name], strict=True))
         yield spec.name, out
 
@@ -337,10 +337,10 @@ def test_runs_are_reproducible(hypernet):
 def test_trainable_count_does_not_grow_with_depth(monkeypatch):
     """The hypernetworks are shared: one more layer adds the embeddings of its directions only."""
     monkeypatch.undo()
-    counts = [
-        sum(p.numel() for p in trainable(hal_kernels.patch_model(models.net(depth=d), 2, seed=0)))
-        for d in (1, 2, 4)
+    nets = [
+        hal_kernels.patch_model(models.net(depth=d), 2, seed=0, offsets="lam") for d in (1, 2, 4)
     ]
+    counts = [sum(p.numel() for p in trainable(net)) for net in nets]
     per_block = 2 * 3 * (312 + 1)  # a row of the embedding, and Λ's offset
     assert counts[1] - counts[0] == per_block
     assert counts[2] - counts[1] == 2 * per_block

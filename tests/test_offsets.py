@@ -51,10 +51,10 @@ def test_another_value():
         patched(hypernet="bert", offsets=True)
 
 
-def test_they_get_the_gradients_of_their_factors_and_move_them_further():
-    """By 30 times for P and Q, 100 times for Λ."""
+@pytest.mark.parametrize("which, lam_scale", [("lam", 100.0), ("all", 60.0)])
+def test_they_get_the_gradients_of_their_factors_and_move_them_further(which, lam_scale):
     model = patched(
-        models.net(dtype=torch.float64), hypernet="bert", offsets="all", allocation="ema",
+        models.net(dtype=torch.float64), hypernet="bert", offsets=which, allocation="ema",
         init="random", dtype=torch.float64,
     )  # fmt: skip
     (inputs,) = batches(model, 1)
@@ -72,7 +72,8 @@ def test_they_get_the_gradients_of_their_factors_and_move_them_further():
     model.hal.forget()
     after = model.hal.current().factors
     for name, old, new in zip(model.hal._names, before.tensors(), after.tensors(), strict=True):
-        moved = torch.full_like(old, 0.1 if name == "lam" else 0.03)
+        scale = lam_scale if name == "lam" else 30.0
+        moved = torch.full_like(old, 1e-3 * scale if name in own else 0.0)
         torch.testing.assert_close(new - old, moved, rtol=1e-9, atol=0)
 
 

@@ -23,9 +23,10 @@ HIDDEN = 312
 HEADS = 12
 INNER = 1200
 SETS = 3  # P, Λ, Q
-# At a hypernetwork's 3e-4 offsets of P and Q move by AdaLoRA's 1e-2 a step, Λ's at its 1e-4.
-OFFSET_SCALES = (30.0, 100.0, 30.0)
-OUTPUT_SCALES = (0.3, 0.1, 0.3)  # of P, Λ and Q beside offsets: a learning rate for all three
+# At a hypernetwork's 3e-4 offsets of P and Q move by AdaLoRA's 1e-2 a step. By what has some:
+ROW_OFFSET_SCALE, LAM_OFFSET_SCALES = 30.0, {"lam": 100.0, "all": 60.0}
+# Of the outputs for P, Λ and Q at the start (docs/convergence.md).
+OUTPUT_SCALES = {"none": (1.0, 1.0, 1.0), "lam": (0.3, 0.1, 0.3), "all": (0.1, 0.03, 0.1)}
 MLP_WIDTHS = (256,) * 8 + (512,) * 4 + (1024,) * 3
 CNN_STAGES = ((64, 2), (128, 3), (256, 3))  # channels, residual blocks
 CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
@@ -151,9 +152,10 @@ class Hypernetwork(nn.Module):
         architecture: a key of `BODIES`.
         p_widths, q_widths: the distinct widths of either side, ascending.
         rows: R, singular directions over all layers.
-        beside_offsets: factors have offsets of their own, so outputs start smaller. A step of the
-            shared maps moves each direction by what is good for all, give or take; what has an
-            offset follows its own gradient too. Λ decides what the loss sees of a direction.
+        offsets: what has offsets of its own: "none", "lam" or "all". Beside them outputs start
+            smaller. A step of the shared maps moves each direction by what is good for all, give or
+            take; what has an offset follows its own gradient too. Λ decides what the loss sees of a
+            direction.
         zero_output: start the output projections at zero (the output is zero at first); else at the
             scale of orthonormal rows, elements of about 1/√d_w.
         options: of the body: `norm_first` for "bert".
@@ -166,7 +168,7 @@ class Hypernetwork(nn.Module):
         q_widths: Sequence[int],
         rows: int,
         *,
-        beside_offsets: bool,
+        offsets: str,
         zero_output: bool,
         **options: bool,
     ) -> None:
@@ -180,7 +182,8 @@ class Hypernetwork(nn.Module):
         self.p_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in p_widths)
         self.q_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in q_widths)
         self.lam_out = _projection(HIDDEN, 1, scale * 0.05)  # near the identity, not on it
-        for which, output_scale in enumerate(OUTPUT_SCALES if beside_offsets else ()):
+        self.offsets = offsets
+        for which, output_scale in enumerate(OUTPUT_SCALES[offsets]):
             norm = self.body.last_norm(which)  # type: ignore[operator]
             if norm is not None:
                 norm.detach().fill_(output_scale)
@@ -200,7 +203,7 @@ class Hypernetwork(nn.Module):
             mask: ``[R]``, positive where a direction is kept; in the row order of Λ.
             slots: where all rows lie.
             base: what the output is added to, or None.
-            offsets: added to that, times OFFSET_SCALES; P's and Q's may be empty.
+            offsets: added to that, times the scales above; empty P and Q where Λ alone has some.
         """
         weights, biases = _parameters(*self.p_in, self.lam_in, *self.q_in)
         tokens, keys = hypernet_tokens(
@@ -213,12 +216,11 @@ class Hypernetwork(nn.Module):
         )
         if offsets is None:
             return made
-        p, lam, q = _OFFSETS
-        return Packed(
-            p.apply(*made.p, *offsets.p) if offsets.p else made.p,
-            lam.apply(made.lam, offsets.lam)[0],
-            q.apply(*made.q, *offsets.q) if offsets.q else made.q,
-        )
+        (lam,) = _LAM_OFFSETS[self.offsets].apply(made.lam, offsets.lam)
+        if not offsets.p:
+            return Packed(made.p, lam, made.q)
+        rows = _RowOffset.apply(*made.p, *made.q, *offsets.p, *offsets.q)
+        return Packed(rows[: len(made.p)], lam, rows[len(made.p) :])
 
 
 def _offset(scale: float) -> type[torch.autograd.Function]:
@@ -247,7 +249,8 @@ def _offset(scale: float) -> type[torch.autograd.Function]:
     return Offset
 
 
-_OFFSETS = tuple(map(_offset, OFFSET_SCALES))
+_RowOffset = _offset(ROW_OFFSET_SCALE)
+_LAM_OFFSETS = {which: _offset(scale) for which, scale in LAM_OFFSET_SCALES.items()}
 
 
 def _parameters(*maps: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

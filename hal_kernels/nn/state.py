@@ -48,7 +48,7 @@ class State(nn.Module):
                 self.register_buffer(name, value)
                 if config.anchored:
                     self.register_buffer(f"anchor_{name}", value.clone())
-            if config.offsets_of(name):
+            if config.own_offsets in (name, "all"):
                 self.register_parameter(f"offset_{name}", nn.Parameter(torch.zeros_like(value)))
             if config.allocation == "ema":
                 self.register_buffer(f"importance_{name}", torch.zeros_like(value))
@@ -61,7 +61,7 @@ class State(nn.Module):
                 [g.width for g in layout.p.groups],
                 [g.width for g in layout.q.groups],
                 layout.rows,
-                beside_offsets=config.offsets_of("lam"),
+                offsets=config.own_offsets,
                 zero_output=config.update != "replace",
                 **({"norm_first": True} if self.norm_first else {}),
             ).to(dtype)
@@ -94,8 +94,8 @@ class State(nn.Module):
 
     def offsets(self) -> Packed | None:
         """What is added to generated factors, P and Q empty where Λ alone has some."""
-        if not self.config.offsets_of("lam"):
+        if self.config.own_offsets == "none":
             return None
-        if self.config.offsets == "lam":
+        if self.config.own_offsets == "lam":
             return Packed((), self.get_parameter("offset_lam"), ())
         return self.packed("offset_")

@@ -99,7 +99,7 @@ class HyperAdaLoraConfig(PeftConfig):
         metadata={"help": "Where P and Q start: 'gradient', 'random'; None: as fits."},
     )
     offsets: str = field(
-        default="lam",
+        default="all",
         metadata={"help": "'anchor': what has trainable offsets: 'none', 'lam' or 'all'."},
     )
     gamma: float = field(default=0.1, metadata={"help": "Weight of the orthogonality penalty."})
