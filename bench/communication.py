@@ -71,8 +71,8 @@ def sent(size: float, gpus: int) -> float:
     return 2 * size * (gpus - 1) / gpus
 
 
-def hypernetwork_parameters(shapes: Sequence[Shape], init_rank: int) -> int:
-    """|Φ|: depends on the distinct widths, and on the directions (Λ's embedding and offsets)."""
+def hypernetwork_parameters(shapes: Sequence[Shape], init_rank: int, offsets: str) -> int:
+    """|Φ| and the offsets. |Φ| depends on the distinct widths, and by Λ's embedding on R."""
     config = HALConfig()
     with torch.device("meta"):
         made = Hypernetwork(
@@ -80,10 +80,13 @@ def hypernetwork_parameters(shapes: Sequence[Shape], init_rank: int) -> int:
             sorted({shape.d_in for shape in shapes}),
             sorted({shape.d_out for shape in shapes}),
             directions(shapes, init_rank),
-            beside_offsets=True,
+            offsets=offsets,
             zero_output=False,
         )
-    return sum(p.numel() for p in made.parameters()) + directions(shapes, init_rank)
+    beside = directions(shapes, init_rank)
+    if offsets == "all":
+        beside += factor_parameters(shapes, init_rank)
+    return sum(p.numel() for p in made.parameters()) + beside
 
 
 def directions(shapes: Sequence[Shape], rank: int) -> int:
@@ -108,7 +111,9 @@ def rows() -> list[dict[str, Any]]:
     for rank in RANKS:
         init_rank = math.ceil(1.5 * rank)
         r = directions(LLAMA_70B, init_rank)
-        add(f"hypernetworks, rank {rank}", hypernetwork_parameters(LLAMA_70B, init_rank), r)
+        for offsets, name in (("all", "hypernetworks"), ("lam", 'hypernetworks, offsets="lam"')):
+            trained = hypernetwork_parameters(LLAMA_70B, init_rank, offsets)
+            add(f"{name}, rank {rank}", trained, r)
         add(f"AdaLoRA, rank {rank}", factor_parameters(LLAMA_70B, init_rank) + r, r)
         add(f"LoRA, rank {rank}", factor_parameters(LLAMA_70B, rank), 0)
     return found

@@ -17,7 +17,7 @@ OTHER = {
     "schedule": "cubic", "interval": 10, "prune_per_interval": 5, "tinit": 20, "tfinal": 30,
     "total_step": 200, "beta1": 0.9, "beta2": 0.8, "dtype": torch.float64, "seed": 3,
     "skip_nonfinite": False, "rank_pattern": {"up.0": 9}, "alpha_pattern": {r".*\.1": 2.5},
-    "init": "gradient", "offsets": "all",
+    "init": "gradient", "offsets": "lam",
 }  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_defaults():
         "allocation": "sensitivity", "schedule": "fixed", "interval": 100,
         "prune_per_interval": None, "tinit": 0, "tfinal": 0, "total_step": None, "beta1": 0.85,
         "beta2": 0.85, "dtype": torch.float32, "seed": None, "skip_nonfinite": True,
-        "rank_pattern": None, "alpha_pattern": None, "init": None, "offsets": "lam",
+        "rank_pattern": None, "alpha_pattern": None, "init": None, "offsets": "all",
     }  # fmt: skip
 
 

@@ -15,16 +15,18 @@ def model():
     return nn.ModuleList(layers)
 
 
-def trained(hypernet, rank):
-    patched = hal_kernels.patch_model(model(), rank, init_rank=rank, hypernet=hypernet, seed=0)
+def trained(rank, **options):
+    patched = hal_kernels.patch_model(model(), rank, init_rank=rank, seed=0, **options)
     return sum(p.numel() for p in patched.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_parameters(rank):
-    assert communication.hypernetwork_parameters(SHAPES, rank) == trained("bert", rank)
-    directions = communication.directions(SHAPES, rank)
-    assert communication.factor_parameters(SHAPES, rank) + directions == trained("direct", rank)
+    for offsets in ("lam", "all"):
+        computed = communication.hypernetwork_parameters(SHAPES, rank, offsets)
+        assert computed == trained(rank, offsets=offsets)
+    factors = communication.factor_parameters(SHAPES, rank) + communication.directions(SHAPES, rank)
+    assert factors == trained(rank, hypernet="direct")
 
 
 def test_a_ring_sends_each_byte_nearly_twice():
