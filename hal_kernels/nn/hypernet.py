@@ -243,8 +243,8 @@ def _offset(scale: float) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            # Aliases: autograd would copy a tensor that it sends both ways.
-            return *gradients, *(gradient.detach() for gradient in gradients)
+            # Copies, in one launch: what is accumulated in place must be no one else's.
+            return *gradients, *torch._foreach_mul(gradients, 1.0)
 
     return Offset
 

@@ -11,6 +11,7 @@ import transformers as hf
 from torch import nn
 
 import hal_peft
+from hal_kernels.nn.hypernet import OUTPUT_SCALES
 
 SMALL = {
     "vocab_size": models.VOCABULARY,
@@ -257,9 +258,11 @@ def perturb(model: peft.PeftModel, name: str = "default", size: float = 0.5) -> 
     with torch.no_grad():
         adapter.lam.normal_(std=size)
         if not adapter.direct:  # where it is an input only
+            scales = OUTPUT_SCALES[adapter.config.own_offsets]
             for name, parameter in adapter.hypernet.named_parameters():
-                if "_out." in name and name.endswith("weight"):  # of 312 inputs of unit size
-                    parameter.normal_(std=size / 18 if name.startswith("lam") else 0.005)
+                if "_out." in name and name.endswith("weight"):  # of 312 inputs of that scale
+                    std = size / 180 if name.startswith("lam") else 0.0015
+                    parameter.normal_(std=std / scales["plq".index(name[0])])
     adapter.forget()
 
 
