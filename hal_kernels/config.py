@@ -44,10 +44,9 @@ class HALConfig:
             which move nothing else of the adapter (docs/convergence.md); "random" takes Gaussian
             rows of unit norm. None: "gradient" for a hypernetwork with "anchor", else "random".
         offsets: with "anchor", what has trainable offsets of its own beside what hypernetworks
-            generate: "all", P and Q at 30 and Λ at 60 times the learning rate, as many parameters
-            more as AdaLoRA has; "lam", Λ alone, at 100 times: trained parameters hardly grow with
-            depth then, and training ends at a higher loss (docs/convergence.md); "none" is the
-            paper's form.
+            generate: "all", at 30 times the learning rate, as many parameters more as AdaLoRA
+            has; "lam", Λ alone, at 100 times: trained parameters hardly grow with depth then, and
+            training ends at a higher loss (docs/convergence.md); "none" is the paper's form.
         alpha: scaling s = alpha / rank, constant while pruning goes on.
         rank_pattern: initial ranks of single layers, instead of `init_rank`. Keys are names,
             endings or regular expressions for an ending, as PEFT's; the first that matches counts.

@@ -40,7 +40,7 @@ def stir(model: nn.Module, seed: int = 0) -> None:
             if not parameter.any():
                 scale = 0.3 if parameter.dim() == 1 else 0.3 / parameter.shape[-1] ** 0.5
                 if name.startswith("offset_"):
-                    scale /= hypernet.ROW_OFFSET_SCALE
+                    scale /= hypernet.OFFSET_SCALES[model.hal.config.offsets]
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 

@@ -194,8 +194,8 @@ def generated_by_hand(model):
         if update != "replace":
             out = tuple(b + o for b, o in zip(base[index], out, strict=True))
         if update == "anchor":
-            scales = (30.0, {"lam": 100.0, "all": 60.0}[adapter.config.offsets], 30.0)
-            out = tuple(o + s * x for o, s, x in zip(out, scales, offsets[spec.name], strict=True))
+            scale = {"lam": 100.0, "all": 30.0}[adapter.config.offsets]
+            out = tuple(o + scale * x for o, x in zip(out, offsets[spec.name], strict=True))
         yield spec.name, out
 
 

@@ -18,6 +18,7 @@ import torch
 
 from ..config import HALConfig
 from ..ops.ragged import Slots
+from .added import adder
 from .alignment import Alignment, alignment_steps, extra_state_sizes, nothing
 from .allocation import allocate, last_allocation
 from .layout import Layout
@@ -35,12 +36,15 @@ _TRANSIENT = {
     "_step_begins": True, "last_penalty": None, "shared": False,
 }  # fmt: skip
 
+_Probed = adder(1.0, copies=True)
+
 
 class HyperAdapter(State):
     """Factors, hypernetworks and rank allocation of all adapted layers of one model.
 
     `patch_model` makes one and registers it as ``model.hal``. With a hypernetwork the factors are
-    buffers and the optimizer holds the hypernetworks alone; with "direct" they are parameters.
+    buffers, and the optimizer holds the hypernetworks and the offsets that are added to what they
+    generate; with "direct" factors are parameters.
 
     Args:
         config: options, `init_rank` settled.
@@ -306,7 +310,7 @@ class HyperAdapter(State):
         """Generated factors with Λ masked; their gradients are left in the probes."""
         effective, probe = factors, self._probes[0]
         if self.config.allocation == "ema":
-            effective = factors.like(torch._foreach_add(factors.tensors(), self._probes))
+            effective = factors.like(_Probed.apply(*factors.tensors(), *self._probes))
             probe = self._probes[self._count_p]
         return effective._replace(lam=torch.addcmul(probe, factors.lam, self.mask))
 

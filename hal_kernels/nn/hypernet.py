@@ -17,16 +17,18 @@ from ..ops.hypernet_factors import hypernet_factors
 from ..ops.hypernet_layer import hypernet_layer
 from ..ops.hypernet_tokens import hypernet_tokens
 from ..ops.ragged import Slots
+from .added import adder
 from .packed import Packed
 
 HIDDEN = 312
 HEADS = 12
 INNER = 1200
 SETS = 3  # P, Λ, Q
-# At a hypernetwork's 3e-4 offsets of P and Q move by AdaLoRA's 1e-2 a step. By what has some:
-ROW_OFFSET_SCALE, LAM_OFFSET_SCALES = 30.0, {"lam": 100.0, "all": 60.0}
+# By what has offsets: Λ alone then moves by AdaLoRA's 1e-2 a step at 1e-4, all factors at 3e-4.
+OFFSET_SCALES = {"lam": 100.0, "all": 30.0}
 # Of the outputs for P, Λ and Q at the start (docs/convergence.md).
 OUTPUT_SCALES = {"none": (1.0, 1.0, 1.0), "lam": (0.3, 0.1, 0.3), "all": (0.1, 0.03, 0.1)}
+_OFFSETS = {which: adder(scale, copies=False) for which, scale in OFFSET_SCALES.items()}
 MLP_WIDTHS = (256,) * 8 + (512,) * 4 + (1024,) * 3
 CNN_STAGES = ((64, 2), (128, 3), (256, 3))  # channels, residual blocks
 CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
@@ -203,7 +205,7 @@ class Hypernetwork(nn.Module):
             mask: ``[R]``, positive where a direction is kept; in the row order of Λ.
             slots: where all rows lie.
             base: what the output is added to, or None.
-            offsets: added to that, times the scales above; empty P and Q where Λ alone has some.
+            offsets: added to that, times OFFSET_SCALES; empty P and Q where Λ alone has some.
         """
         weights, biases = _parameters(*self.p_in, self.lam_in, *self.q_in)
         tokens, keys = hypernet_tokens(
@@ -216,41 +218,10 @@ class Hypernetwork(nn.Module):
         )
         if offsets is None:
             return made
-        (lam,) = _LAM_OFFSETS[self.offsets].apply(made.lam, offsets.lam)
-        if not offsets.p:
-            return Packed(made.p, lam, made.q)
-        rows = _RowOffset.apply(*made.p, *made.q, *offsets.p, *offsets.q)
-        return Packed(rows[: len(made.p)], lam, rows[len(made.p) :])
-
-
-def _offset(scale: float) -> type[torch.autograd.Function]:
-    """Tensors with as many offsets added, whose learning rate is `scale` times the optimizer's.
-
-    So they move that much further than their gradient, which is that of the factors themselves: it
-    weighs no more than others' where gradients are clipped by their norm.
-    """
-
-    class Offset(torch.autograd.Function):
-        # For torch.compile the scale is no argument, of which it would make a tensor, and the first
-        # tensor one of its own: two alone after ctx it takes for a function without ctx.
-        @staticmethod
-        def forward(
-            ctx: Any, first: torch.Tensor, *others: torch.Tensor
-        ) -> tuple[torch.Tensor, ...]:
-            tensors = (first, *others)
-            count = len(tensors) // 2
-            return tuple(torch._foreach_add(tensors[:count], tensors[count:], alpha=scale))
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            # Copies, in one launch: what is accumulated in place must be no one else's.
-            return *gradients, *torch._foreach_mul(gradients, 1.0)
-
-    return Offset
-
-
-_RowOffset = _offset(ROW_OFFSET_SCALE)
-_LAM_OFFSETS = {which: _offset(scale) for which, scale in LAM_OFFSET_SCALES.items()}
+        add = _OFFSETS[self.offsets].apply
+        if self.offsets == "all":
+            return made.like(add(*made.tensors(), *offsets.tensors()))
+        return Packed(made.p, add(made.lam, offsets.lam)[0], made.q)
 
 
 def _parameters(*maps: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
