@@ -3,8 +3,9 @@
     python -m bench.convergence --data FOLDER --task sst2 [--method hyper adalora] [--lr 1e-4 ...]
                                 [--seed 0 1 2] [--steps 160] [--target 0.5]
 
-FOLDER holds ``<task>_train.jsonl`` and ``<task>_dev.jsonl`` (or .gz); the task "stdlib", the
-families of the standard library's modules told by their docstrings, needs none. Batches, head,
+FOLDER holds ``<task>_train.jsonl`` and ``<task>_dev.jsonl`` (or .gz). The task "stdlib", the
+families of the standard library's modules told by their docstrings, needs none; "gsm8k" tells from
+a question how many calculations its answer takes, of ``gsm8k_train`` and ``_test``. Batches, head,
 warm-up and schedule are the same for all methods; r = 3 and nothing is pruned, unless --rank and
 --init-rank say otherwise. Each run appends a row with its whole loss curve; a run that has a row is
 not run again, so the command can be stopped and repeated. At the end: for each method the mean
@@ -17,7 +18,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,13 @@ from .widened import widened
 
 WINDOW = 20  # steps of the running mean
 ALPHA, GAMMA, HEAD_LR, BATCH = 8.0, 0.1, 1e-3, 32
-LENGTHS = {"sst2": 48, "stdlib": 48}  # tokens a row is cut to; longer where a task has pairs
+LENGTHS = {
+    "sst2": 48,
+    "stdlib": 48,
+    "gsm8k": 96,
+}  # tokens a row is cut to; longer where a task has pairs
 PAIR_LENGTH = 128
+GSM8K_FILES = ("gsm8k_train", "gsm8k_test")
 RANK = 3
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},  # every parameter of the base model, without adapters
@@ -159,13 +165,25 @@ def _state(model: Any) -> dict[str, float]:
 
 def _examples(task: str, data: Path | None) -> Any:
     from hal_peft.stdlib_corpus import load
-    from hal_peft.text_data import read_jsonl_pair
+    from hal_peft.text_data import labelled_pair, read_jsonl_pair, read_records
 
     if task == "stdlib":
         return load()
     if data is None:
         raise SystemExit(f"--data is needed: the folder of {task}_train.jsonl and {task}_dev.jsonl")
+    if task == "gsm8k":
+        train, dev = (calculations(read_records(data_file(data, name))) for name in GSM8K_FILES)
+        return labelled_pair(train, dev, train_name=GSM8K_FILES[0], description=task)
     return read_jsonl_pair(data_file(data, f"{task}_train"), data_file(data, f"{task}_dev"))
+
+
+def calculations(
+    records: Iterable[tuple[dict[str, Any], str]],
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """GSM8K's questions by how many calculations the answer marks: up to two, three, or more."""
+    for row, where in records:
+        label = min(max(row["answer"].count("<<"), 2), 4)
+        yield {"text": row["question"], "label": label}, where
 
 
 def reached(losses: Sequence[float], target: float) -> int | None:

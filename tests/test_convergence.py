@@ -1,5 +1,6 @@
 """bench.convergence: what a run keeps, and the same task at another width."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -60,3 +61,13 @@ def test_a_run_keeps_its_losses_and_what_would_show_a_blow_up(few_examples, meth
 def test_a_task_that_needs_data_says_so():
     with pytest.raises(SystemExit, match="--data is needed: the folder of sst2_train"):
         convergence._examples("sst2", None)
+
+
+def test_questions_by_the_calculations_of_their_answers(tmp_path):
+    answers = ["a", "<<1+1=2>>2", "<<1+1=2>> <<2+1=3>> <<3+1=4>>4", "<<1=1>>" * 7]
+    for name in convergence.GSM8K_FILES:
+        rows = [{"question": f"q{i}", "answer": answer} for i, answer in enumerate(answers)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = convergence._examples("gsm8k", tmp_path)
+    assert [(e.text, e.label) for e in found.train] == [("q0", 0), ("q1", 0), ("q2", 1), ("q3", 2)]
+    assert [e.label for e in found.dev] == [0, 0, 1, 2] and found.label_names == ["2", "3", "4"]
