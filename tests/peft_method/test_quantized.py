@@ -146,7 +146,14 @@ def test_under_patch_model(kind, base, tmp_path):
     assert torch.equal(zoo.logits(loaded, inputs), expected)
     hal_kernels.export_lora(model, tmp_path / "lora")
     lora = peft.PeftModel.from_pretrained(base(kind), tmp_path / "lora")
-    assert zoo.relative_error(zoo.logits(lora, inputs), expected) < 1e-4  # float32, 14 layers
+    # Layer by layer: LLM.int8 rounds a layer's input, so that sums of another order in the layer
+    # before can move it by a step.
+    for name in hal_kernels.factors(model):
+        layer = model.get_submodule(name)
+        x = torch.randn(5, layer.in_features, device=DEVICE)
+        with torch.no_grad():
+            found = lora.base_model.model.get_submodule(name)(x)
+            assert zoo.relative_error(found, layer(x)) < 1e-5  # float32 sums of 64 to 96 terms
 
 
 @FEW
