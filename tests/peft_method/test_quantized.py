@@ -152,8 +152,11 @@ def test_under_patch_model(kind, base, tmp_path):
         layer = model.get_submodule(name)
         x = torch.randn(5, layer.in_features, device=DEVICE)
         with torch.no_grad():
-            found = lora.base_model.model.get_submodule(name)(x)
+            exported = lora.base_model.model.get_submodule(name)
+            found = exported(x)
             assert zoo.relative_error(found, layer(x)) < 1e-5  # float32 sums of 64 to 96 terms
+            with lora.disable_adapter():
+                assert zoo.relative_error(exported(x), found) > 1e-3
 
 
 @FEW
