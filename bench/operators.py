@@ -144,7 +144,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
     def fastest(run: Callable[[], object]) -> float:
         times = []
-        for _ in range(5):
+        for _ in range(50):  # half a second, so that no burst of other work covers all of it
             begin = time.perf_counter()
             run()
             times.append(1e6 * (time.perf_counter() - begin))

@@ -147,11 +147,12 @@ def gamma_points(rows: Sequence[Row], path: Path) -> None:
 def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
     """Running mean of the loss against steps and seconds, by method; band: all its seeds.
 
-    Seconds are of methods whose runs all have them (null: the machine was shared).
+    Against seconds stand the runs that have them (null: the machine was shared).
     """
-    timed = {method for method, own in runs.items() if all(run["seconds"] for run in own)}
+    timed = {method: [run for run in own if run["seconds"]] for method, own in runs.items()}
+    clock = any(timed.values())
     figure, panels = plt.subplots(
-        1, 1 + bool(timed), figsize=(6.0 + 4.4 * bool(timed), 4.0), sharey=True,
+        1, 1 + clock, figsize=(6.0 + 4.4 * clock, 4.0), sharey=True,
         layout="constrained", squeeze=False,
     )  # fmt: skip
     left = panels[0, 0]
@@ -160,11 +161,13 @@ def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
         style = STYLES.get(method) or {
             "color": f"C{number}", "linestyle": others[number % 4], "marker": "osD^vx"[number % 6]
         }  # fmt: skip
-        means = np.array([running_mean(run["losses"], WINDOW)[WINDOW - 1 :] for run in own])
-        x_axes = [np.arange(WINDOW, WINDOW + means.shape[1])]
-        if method in timed:
-            x_axes.append(np.array([run["seconds"] for run in own]).cumsum(1).mean(0)[WINDOW - 1 :])
-        for axes, x in zip(panels[0], x_axes, strict=False):
+        for axes, shown in zip(panels[0], (own, timed[method]), strict=False):
+            if not shown:
+                continue
+            means = np.array([running_mean(run["losses"], WINDOW)[WINDOW - 1 :] for run in shown])
+            x = np.arange(WINDOW, WINDOW + means.shape[1])
+            if axes is not left:
+                x = np.array([run["seconds"] for run in shown]).cumsum(1).mean(0)[WINDOW - 1 :]
             axes.plot(
                 x, means.mean(0), label=f"{method}, lr {own[0]['lr']:g}", linewidth=1.5,
                 markevery=0.13, markersize=5, **style,
@@ -173,7 +176,7 @@ def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
                 x, means.min(0), means.max(0), color=style["color"], alpha=0.15, linewidth=0
             )
     left.set_xlabel("optimizer steps")
-    if timed:
+    if clock:
         panels[0, 1].set_xlabel("seconds of training steps")
     left.set_ylabel(f"{label}, mean of {WINDOW} steps")
     for axes in panels[0]:

@@ -70,12 +70,16 @@ def convergence(
     targets: tuple[float, ...] = TARGETS,
     **wanted: Any,
 ) -> str:
-    """Steps until the running mean of the loss is below each target, by method and lr."""
+    """Steps until the running mean of the loss is below each target, by method and lr.
+
+    Seconds, where some of the rows have them, are means over the seeds that do.
+    """
     wanted = {"task": "sst2", "steps": 160, "rank": 3, "model": "MiniLM-L6"} | wanted
     groups: dict[tuple[str, float], list[Row]] = {}
     for row in rows(name, **wanted):
         if row["seed"] in seeds:
             groups.setdefault((row["method"], row["lr"]), []).append(row)
+    timed = any(row["seconds"] for members in groups.values() for row in members)
     body = []
     for (method, lr), members in sorted(groups.items()):
         members.sort(key=lambda row: row["seed"])
@@ -83,11 +87,21 @@ def convergence(
         for target in targets:
             steps = [reached(row["losses"], target) for row in members]
             line.append(", ".join("–" if s is None else str(s) for s in steps))
+        if timed:
+            line.append(", ".join(_seconds(members, target) for target in targets))
         last = [statistics.fmean(row["losses"][-WINDOW:]) for row in members]
         accuracy = [row["accuracy"] for row in members]
         body.append([*line, f"{statistics.fmean(last):.3f}", f"{statistics.fmean(accuracy):.3f}"])
-    head = ["method", "lr", "seeds", *(f"steps to {t:g}" for t in targets), "last loss", "accuracy"]
-    return markdown(head, body)
+    head = ["method", "lr", "seeds", *(f"steps to {t:g}" for t in targets)]
+    head += ["seconds to these"] * timed
+    return markdown([*head, "last loss", "accuracy"], body)
+
+
+def _seconds(members: list[Row], target: float) -> str:
+    clocks = [(reached(row["losses"], target), row["seconds"]) for row in members if row["seconds"]]
+    if not clocks or any(step is None for step, _ in clocks):
+        return "–"
+    return f"{statistics.fmean(sum(seconds[:step]) for step, seconds in clocks):.1f}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

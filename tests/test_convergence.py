@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is no installed package
 
-from bench import convergence
+from bench import convergence, report
 from bench.widened import widened
 
 
@@ -71,3 +71,24 @@ def test_questions_by_the_calculations_of_their_answers(tmp_path):
     found = convergence._examples("gsm8k", tmp_path)
     assert [(e.text, e.label) for e in found.train] == [("q0", 0), ("q1", 0), ("q2", 1), ("q3", 2)]
     assert [e.label for e in found.dev] == [0, 0, 1, 2] and found.label_names == ["2", "3", "4"]
+
+
+def test_a_table_of_steps_and_of_the_seconds_that_are_known(monkeypatch):
+    def row(method, seed, drop, seconds):
+        losses = [1.0] * drop + [0.0] * (60 - drop)  # the mean of 20 is 0.5 ten steps later
+        return {"method": method, "lr": 1e-3, "seed": seed, "losses": losses,
+                "seconds": seconds and [seconds] * 60, "accuracy": 0.5}  # fmt: skip
+
+    found = [row("b", 0, 10, None), row("b", 1, 20, 2.0), row("a", 0, 50, 0.5)]
+    found.append(row("c", 0, 10, None))
+    monkeypatch.setattr(report, "rows", lambda name, **wanted: found)
+    table = report.convergence(targets=(0.5, 0.25))
+    body = [[cell.strip() for cell in line.split("|")[3:-3]] for line in table.split("\n")[2:-1]]
+    assert body == [
+        ["0", "60", "–", "30.0, –"],
+        ["0, 1", "20, 30", "25, 35", "60.0, 70.0"],  # of seed 1 alone
+        ["0", "20", "25", "–, –"],
+    ]
+    for own in found:
+        own["seconds"] = None
+    assert "seconds" not in report.convergence(targets=(0.5,))
