@@ -166,7 +166,9 @@ def training_time_page() -> Page | None:
         name = f"training_time-{task}-{steps}.png"
         text += f"\n## {task}, {steps} steps; target: a mean loss of {target:.3f} nats a byte\n\n"
         head = ["method", "lr", "seeds", "s to the target", "s in all", "last loss", "held out"]
-        text += markdown(head, body) + source(own[-1]) + f"\n![{task}]({name})\n"
+        by_command = {row["machine"]["command"]: row for row in own}  # one for each set of rates
+        text += markdown(head, body) + "".join(map(source, by_command.values()))
+        text += f"\n![{task}]({name})\n"
         plots[name] = lambda path, runs=runs: curves(runs, "loss (nats a byte)", path)
     return text, plots
 

@@ -36,6 +36,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "hal-direct": {"color": "#3d85c6", "linestyle": "-", "marker": "D"},
     "hal-hyper": {"color": "#0b3d6b", "linestyle": "-", "marker": "o"},
 }
+STYLES |= {
+    "direct-gradient": STYLES["hal-direct"],
+    "hyper": STYLES["hal-hyper"],
+    "hyper-lam": {"color": "#2a9d8f", "linestyle": "-.", "marker": "v"},
+}
 
 HATCHES = ("", "//", "\\\\", "xx", "..", "--", "++")
 
@@ -157,6 +162,7 @@ def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
     )  # fmt: skip
     left = panels[0, 0]
     others = ("-", "--", "-.", ":")
+    band = 0.15 if len(runs) < 5 else 0.07  # many bands lie over one another
     for number, (method, own) in enumerate(runs.items()):
         style = STYLES.get(method) or {
             "color": f"C{number}", "linestyle": others[number % 4], "marker": "osD^vx"[number % 6]
@@ -173,7 +179,7 @@ def curves(runs: Mapping[str, Sequence[Row]], label: str, path: Path) -> None:
                 markevery=0.13, markersize=5, **style,
             )  # fmt: skip
             axes.fill_between(
-                x, means.min(0), means.max(0), color=style["color"], alpha=0.15, linewidth=0
+                x, means.min(0), means.max(0), color=style["color"], alpha=band, linewidth=0
             )
     left.set_xlabel("optimizer steps")
     if clock:

@@ -165,6 +165,10 @@ def test_seconds_to_a_loss_count_the_steps_until_it_is_reached():
     )
     rows = [{"methods": {"lora": run | {"lr": lr, "losses": [lr] * 2 * window}}} for lr in (2, 1)]
     assert training_time.best(rows)["lora"][0]["lr"] == 1
+    # All of AdaLoRA's runs reach the default target, though not all end as low.
+    runs = {"lora": [run], "adalora": [run, run | {"losses": [2.0] * window + [1.5] * window}]}
+    assert training_time.default_target(runs) == 1.5
+    assert training_time.outcome(runs["adalora"], 1.5)["to_target"] is not None
 
 
 def test_training_time_in_small(tmp_path, monkeypatch):
