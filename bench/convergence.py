@@ -105,7 +105,8 @@ def run(
     """Train once; the loss (without the penalty) and the seconds at each step, and accuracies.
 
     Args:
-        key: the row's fields; "gamma", "rank" and "widen" where they are not GAMMA, RANK and 1.
+        key: the row's fields; "gamma" and "rank" where they are not GAMMA and RANK, "hidden_size"
+            where it is not the model's own.
         look: what it finds in the trained model, in evaluation mode, joins the result.
     """
     from torch.nn.functional import cross_entropy
@@ -119,7 +120,7 @@ def run(
     length = LENGTHS.get(key["task"], PAIR_LENGTH)
     train, dev = (encode(tokenizer, rows, length) for rows in (found.train, found.dev))
     base = load_base(source, len(found.label_names), key["seed"])
-    model, after = build(key, widened(base, key.get("widen", 1)))
+    model, after = build(key, widened(base, key.get("hidden_size", base.config.hidden_size)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -233,7 +234,7 @@ def main() -> int:
     options.add_argument("--steps", type=int, default=160)
     options.add_argument("--rank", type=int, default=RANK)
     options.add_argument("--init-rank", type=int, help="default: the rank, so nothing is pruned")
-    options.add_argument("--widen", type=int, default=1, help="copies of each hidden unit")
+    options.add_argument("--hidden-size", type=int, help="widen the model to this (bench.widened)")
     options.add_argument("--target", type=float, default=0.5, help="loss that is to be reached")
     arguments = options.parse_args()
     if arguments.quick:
@@ -248,8 +249,9 @@ def main() -> int:
         "task": arguments.task, "steps": arguments.steps, "rank": arguments.rank,
         "init_rank": arguments.init_rank or arguments.rank, "model": model,
     }  # fmt: skip
-    if arguments.widen > 1:
-        common |= {"model": f"{model}-{arguments.widen}x", "widen": arguments.widen}
+    if arguments.hidden_size:
+        size = arguments.hidden_size
+        common |= {"model": f"{model}-d{size}", "hidden_size": size}
     for method, seed in itertools.product(arguments.method, arguments.seed):
         grid = arguments.lr or GRIDS[method if method in GRIDS else "hyper"]
         for lr in grid[:1] if arguments.quick else grid:

@@ -122,8 +122,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "convergence-rte": lambda: convergence(task="rte", steps=480, targets=RTE),
     "convergence-wnli": lambda: convergence(task="wnli", targets=WNLI),
     "convergence-rank-8": lambda: convergence(rank=8),
-    "convergence-width-768": lambda: convergence(model="MiniLM-L6-2x"),
-    "convergence-width-1152": lambda: convergence(model="MiniLM-L6-3x"),
+    "convergence-width-768": lambda: convergence(model="MiniLM-L6-d768"),
+    "convergence-width-1024": lambda: convergence(model="MiniLM-L6-d1024"),
+    "convergence-width-1152": lambda: convergence(model="MiniLM-L6-d1152"),
     "convergence-long": lambda: convergence(steps=2000),
     "communication": communication.table,
 }

@@ -14,25 +14,42 @@ from bench import convergence, report
 from bench.widened import widened
 
 
-@pytest.mark.parametrize("factor", [2, 3])
-def test_a_widened_model_computes_what_it_did(factor):
+@pytest.fixture
+def trained():
     config = BertConfig(
         vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
-        intermediate_size=40, max_position_embeddings=16, num_labels=3,
+        intermediate_size=42, max_position_embeddings=16, num_labels=3,
     )  # fmt: skip
     model = BertForSequenceClassification(config).double().eval()
     with torch.no_grad():  # as trained: no bias is zero, no two LayerNorm scales are equal
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(("size", "normalised"), [(48, True), (72, True), (40, False)])
+def test_a_widened_model_computes_what_it_did(trained, size, normalised):
     ids = torch.randint(50, (4, 9))
     mask = (torch.arange(9) < torch.tensor([[9], [7], [3], [1]])).long()
-    wide = widened(model, factor).double()
-    assert wide.bert.encoder.layer[0].intermediate.dense.weight.shape == (40 * factor, 24 * factor)
+    wide = widened(trained, size).double()
+    shape = wide.bert.encoder.layer[0].intermediate.dense.weight.shape
+    assert shape == (42 * size // 24, size)
+    if not normalised:  # all that is not exact at a width that is no multiple
+        for model in (trained, wide):
+            for name, module in list(model.named_modules()):
+                if isinstance(module, torch.nn.LayerNorm):
+                    model.set_submodule(name, torch.nn.Identity())
     with torch.no_grad():
-        expected = model(ids, attention_mask=mask).logits
+        expected = trained(ids, attention_mask=mask).logits
         found = wide(ids, attention_mask=mask).logits
     # Sums of a few hundred float64 terms in another order.
     assert (found - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("size", [16, 36])  # narrower; four and a half heads
+def test_a_width_that_cannot_be_is_refused(trained, size):
+    with pytest.raises(ValueError, match=f"hidden_size is {size}"):
+        widened(trained, size)
 
 
 @pytest.fixture
