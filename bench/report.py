@@ -120,6 +120,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "convergence-gsm8k": lambda: convergence(task="gsm8k", targets=GSM8K),
     "convergence-rte": lambda: convergence(task="rte", steps=480, targets=RTE),
+    "convergence-rte-fresh": lambda: convergence(task="rte", steps=480, seeds=FRESH, targets=RTE),
     "convergence-wnli": lambda: convergence(task="wnli", targets=WNLI),
     "convergence-rank-8": lambda: convergence(rank=8),
     "convergence-width-768": lambda: convergence(model="MiniLM-L6-d768"),
