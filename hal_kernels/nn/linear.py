@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..config import expect_number
+from ..ops._library import expect_number
 from ..ops.svd_adapter_add import svd_adapter_add
 from ..ops.svd_linear import fits, svd_linear, svd_linear_of_layer
 from .adapter import HyperAdapter
@@ -132,9 +132,7 @@ class HALLinear(AdaptedLayer, nn.Linear):
                 f"{self.in_features} -> {self.out_features})"
             )
         expect_number("alpha", alpha, above=0.0)
-        expect_number("dropout", dropout)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout is {dropout}, expected a probability in [0, 1)")
+        expect_number("dropout", dropout, least=0.0, below=1.0)
         if not isinstance(factor_dtype, torch.dtype):
             raise TypeError(f"factor_dtype is {factor_dtype!r}, expected a torch.dtype")
         if not factor_dtype.is_floating_point:

@@ -8,7 +8,9 @@ device; a faster backend registers the same operator under its own dispatch key 
 
 import importlib.util
 import itertools
-from collections.abc import Callable
+import math
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,9 +105,44 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def expect_tensor(name: str, tensor: torch.Tensor) -> None:
-    """Raise TypeError naming the argument unless it is a tensor."""
+    """Raise TypeError naming the argument unless it is a dense tensor."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, expected a dense tensor")
+
+
+def expect_tensors(name: str, tensors: Sequence[torch.Tensor]) -> None:
+    """Raise TypeError or ValueError naming the argument unless it is a list of some tensors."""
+    if not isinstance(tensors, list | tuple):
+        raise TypeError(f"{name} is a {type(tensors).__name__}, expected a list of tensors")
+    if not tensors:
+        raise ValueError(f"{name} is empty, expected at least one tensor")
+    for index, tensor in enumerate(tensors):
+        expect_tensor(f"{name}[{index}]", tensor)
+
+
+def expect_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """`value` as a float; raise TypeError or ValueError naming it unless it is in the range."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is an integer too large for a float") from None
+    if number >= least and above < number < below:
+        return number
+    bounds = [f"at least {least:g}"] if least > -math.inf else []
+    bounds += [f"more than {above:g}"] if above > -math.inf else []
+    bounds += [f"less than {below:g}"] if below < math.inf else []
+    raise ValueError(f"{name} is {value}, expected {' and '.join(bounds) or 'a finite number'}")
 
 
 def expect_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype, why: str) -> None:

@@ -31,6 +31,7 @@ from ._library import (
     define,
     expect_dtype,
     expect_floating,
+    expect_number,
     expect_same_device,
     expect_shape,
     expect_tensor,
@@ -71,6 +72,9 @@ def hypernet_layer(
     if tokens.dim() != 4:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected [S, G, r, H]")
     sets, _, _, hidden = tokens.shape
+    if isinstance(heads, bool) or not isinstance(heads, int):
+        raise TypeError(f"heads is {heads!r}, expected an int")
+    expect_number("eps", eps, least=0.0)
     if heads <= 0 or hidden % heads:
         raise ValueError(f"heads is {heads}, expected a divisor of H = {hidden}")
     expect_dtype("keys", keys, torch.bool, "True where a token may be attended to")

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from ._library import define, expect_dtype, expect_floating, expect_shape
+from ._library import (
+    define,
+    expect_dtype,
+    expect_floating,
+    expect_same_device,
+    expect_shape,
+    expect_tensors,
+)
 
 
 def importance_scores(
@@ -41,6 +48,10 @@ def importance_scores(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    expect_tensors("importance", importance)
+    expect_tensors("uncertainty", uncertainty)
+    if isinstance(count_p, bool) or not isinstance(count_p, int):
+        raise TypeError(f"count_p is {count_p!r}, expected an int")
     if not 0 < count_p < len(importance) - 1:
         raise ValueError(
             f"count_p is {count_p}, expected 1 to {len(importance) - 2}: importance has "
@@ -54,12 +65,16 @@ def importance_scores(
     for index, (one, other) in enumerate(zip(importance, uncertainty, strict=True)):
         expect_floating(f"importance[{index}]", one)
         shape = "as importance's"
+        expect_floating(f"uncertainty[{index}]", other)
         expect_shape(f"uncertainty[{index}]", other, tuple(one.shape), shape)
         if one.dim() != (1 if index == count_p else 2):
             raise ValueError(
                 f"importance[{index}] has shape {tuple(one.shape)}, expected "
                 + ("[R]" if index == count_p else "[R_w, d_w]")
             )
+    named = {"mask": mask, "positions_p": positions_p, "positions_q": positions_q}
+    for name, tensors in (("importance", importance), ("uncertainty", uncertainty)):
+        named |= {f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)}
     rows = importance[count_p].shape[0]
     for name, positions, side in (
         ("positions_p", positions_p, importance[:count_p]),
@@ -74,6 +89,7 @@ def importance_scores(
             )
     if mask is not None:
         expect_shape("mask", mask, (rows,), "[R]")
+    expect_same_device("importance[0]", importance[0], **named)
     with torch.no_grad():
         scores: torch.Tensor = _importance_scores(
             list(importance), list(uncertainty), positions_p, positions_q, count_p, mask

@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 
-from ._library import accumulation_dtype, define, expect_dtype, expect_floating, expect_same_device
+from ._library import (
+    accumulation_dtype,
+    define,
+    expect_dtype,
+    expect_floating,
+    expect_number,
+    expect_same_device,
+    expect_tensors,
+)
 from .ragged import pad, unpad
 
 KINDS = ("squared", "frobenius")
@@ -46,10 +54,8 @@ def orthogonality_penalty(
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
-    if not isinstance(factors, (list, tuple)):
-        raise TypeError(f"factors is a {type(factors).__name__}, expected a list of tensors")
-    if not factors:
-        raise ValueError("factors is empty, expected at least one packed tensor")
+    expect_tensors("factors", factors)
+    weight = expect_number("weight", weight)
     if (offsets is None) != (max_ranks is None):
         raise ValueError("offsets and max_ranks come together: one of them is None")
     for index, factor in enumerate(factors):
@@ -78,11 +84,17 @@ def orthogonality_penalty(
             f"factors, offsets and max_ranks have {len(factors)}, {len(offsets)} and "
             f"{len(max_ranks)} entries, expected equally many"
         )
-    for index, offset in enumerate(offsets):
+    for index, (offset, rank) in enumerate(zip(offsets, max_ranks, strict=True)):
         expect_dtype(f"offsets[{index}]", offset, torch.int64, "row numbers")
+        expect_same_device("factors[0]", factors[0], **{f"offsets[{index}]": offset})
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"max_ranks[{index}] is {rank!r}, expected an int")
+        rows = factors[index].shape[0]
+        if rank > rows > 0:
+            raise ValueError(f"max_ranks[{index}] is {rank}, expected at most {rows} (its rows)")
     with torch.autocast(factors[0].device.type, enabled=False):
         return _orthogonality_penalty(
-            list(factors), list(offsets), list(max_ranks), kind == "squared", float(weight)
+            list(factors), list(offsets), list(max_ranks), kind == "squared", weight
         )[0]
 
 

@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 
-from ._library import define, expect_floating
+from ._library import (
+    define,
+    expect_floating,
+    expect_number,
+    expect_same_device,
+    expect_tensors,
+)
 
 
 def update_importance_(
@@ -38,13 +44,18 @@ def update_importance_(
         beta1, beta2: decay of the two averages, each in (0, 1).
 
     Raises:
-        ValueError: lists of unequal length, unequal shapes, a beta outside (0, 1).
+        TypeError, ValueError: empty lists or lists of unequal length, unequal shapes, several
+            devices, a beta outside (0, 1).
     """
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 < beta < 1.0:
-            raise ValueError(f"{name} is {beta}, expected a number in (0, 1)")
+    expect_number("beta1", beta1, above=0.0, below=1.0)
+    expect_number("beta2", beta2, above=0.0, below=1.0)
+    expect_tensors("importance", importance)
+    for index, tensor in enumerate(importance):
+        expect_floating(f"importance[{index}]", tensor)
+        expect_same_device("importance[0]", importance[0], **{f"importance[{index}]": tensor})
     lists = {"uncertainty": uncertainty, "values": values, "gradients": gradients}
     for name, tensors in lists.items():
+        expect_tensors(name, tensors)
         if len(tensors) != len(importance):
             raise ValueError(
                 f"{name} has {len(tensors)} tensors, expected {len(importance)} (as importance)"
@@ -56,6 +67,7 @@ def update_importance_(
                     f"{name}[{index}] has shape {tuple(tensor.shape)}, expected "
                     f"{tuple(like.shape)} (as importance[{index}])"
                 )
+            expect_same_device("importance[0]", importance[0], **{f"{name}[{index}]": tensor})
     with torch.no_grad():
         torch.ops.hal.update_importance_(
             list(importance), list(uncertainty), list(values), list(gradients), beta1, beta2
@@ -94,7 +106,7 @@ def prune_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
     expect_floating("scores", scores)
     if scores.dim() != 1:
         raise ValueError(f"scores has shape {tuple(scores.shape)}, expected [R]")
-    if not isinstance(count, int):
+    if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"count is {count!r}, expected an int")
     if not 0 <= count <= scores.shape[0]:
         raise ValueError(

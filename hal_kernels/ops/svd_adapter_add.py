@@ -24,6 +24,7 @@ from ._library import (
     define,
     expect_dtype,
     expect_floating,
+    expect_number,
     expect_same_device,
     expect_shape,
 )
@@ -74,9 +75,10 @@ def svd_adapter_add(
         )
     check_adapter(x, p, lam, q, d_in=x.shape[-1], d_out=y.shape[-1], dropout=dropout)
     expect_same_device("x", x, y=y)
+    scaling = expect_number("scaling", scaling)
     lam, seed = effective(x, lam, mask, dropout, seed)
     x = x.to(y.dtype)
-    return _svd_adapter_add(y, x, p, lam, q, float(scaling), dropout, seed)[0]
+    return _svd_adapter_add(y, x, p, lam, q, scaling, dropout, seed)[0]
 
 
 def svd_adapter_add_reference(
@@ -118,8 +120,7 @@ def check_adapter(
     expect_shape(f"lam{at}", lam, (rank,), "[r]")
     expect_shape(f"q{at}", q, (rank, d_out), "[r, d_out]")
     expect_same_device("x", x, **{f"p{at}": p, f"lam{at}": lam, f"q{at}": q})
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}, expected a probability in [0, 1)")
+    expect_number("dropout", dropout, least=0.0, below=1.0)
 
 
 def effective(
@@ -137,6 +138,7 @@ def effective(
     if seed is not None:
         expect_dtype("seed", seed, torch.int64, "a scalar")
         expect_shape("seed", seed, (), "a scalar")
+        expect_same_device("x", x, seed=seed)
     elif dropout > 0.0:
         seed = draw_seed(x.device)
     return lam, seed if dropout > 0.0 else None

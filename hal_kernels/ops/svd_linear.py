@@ -22,7 +22,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ._library import accumulation_dtype, define, expect_floating, expect_same_device, expect_shape
+from ._library import (
+    accumulation_dtype,
+    define,
+    expect_floating,
+    expect_number,
+    expect_same_device,
+    expect_shape,
+)
 from .svd_adapter_add import (
     adapter_gradients,
     check_adapter,
@@ -71,9 +78,10 @@ def svd_linear(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     check_layer(x, weight, bias, p, lam, q, dropout=dropout)
+    scaling = expect_number("scaling", scaling)
     x, (weight,), (bias,) = autocast_inputs(x, [weight], [bias])
     lam, seed = effective(x, lam, mask, dropout, seed)
-    return _svd_linear(x, weight, bias, p, lam, q, float(scaling), dropout, seed)[0]
+    return _svd_linear(x, weight, bias, p, lam, q, scaling, dropout, seed)[0]
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:

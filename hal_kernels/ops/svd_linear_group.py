@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ._library import accumulation_dtype, define
+from ._library import accumulation_dtype, define, expect_number
 from .svd_adapter_add import expand_, flat, shrink
 from .svd_linear import autocast_inputs, base_output, check_layer, svd_linear_reference
 
@@ -71,6 +71,7 @@ def svd_linear_group(
     for name, group in (("p", p), ("lam", lam)):
         if any(t.dtype != group[0].dtype for t in group):
             raise TypeError(f"{name} has dtypes {[t.dtype for t in group]}, expected one dtype")
+    scaling = expect_number("scaling", scaling)
     x, weights, biases = autocast_inputs(x, weight, bias)
     return svd_linear_group_of_layers(x, weights, biases, list(p), list(lam), list(q), scaling)
 

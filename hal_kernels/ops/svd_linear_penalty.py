@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ._library import accumulation_dtype, define, expect_dtype
+from ._library import accumulation_dtype, define, expect_dtype, expect_number
 from .orthogonality_penalty import KINDS, orthogonality_penalty_reference
 from .svd_adapter_add import effective, flat
 from .svd_linear import _forward_fake as linear_fake
@@ -55,10 +55,11 @@ def svd_linear_penalty(
         raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
     check_layer(x, weight, bias, p, lam, q, dropout=dropout)
     expect_dtype("q", q, p.dtype, "the dtype of p")
+    scaling = expect_number("scaling", scaling)
     x, (weight,), (bias,) = autocast_inputs(x, [weight], [bias])
     lam, seed = effective(x, lam, mask, dropout, seed)
     y, _, penalty, _ = _svd_linear_penalty(
-        x, weight, bias, p, lam, q, float(scaling), dropout, seed, kind == "squared"
+        x, weight, bias, p, lam, q, scaling, dropout, seed, kind == "squared"
     )
     return y, penalty
 

@@ -153,7 +153,7 @@ BAD_ARGUMENTS = [
     ({"mask": torch.ones(1)}, ValueError, r"mask has shape \(1,\), expected \(3,\)"),
     ({"mask": [1, 1, 1]}, TypeError, r"mask is a list"),
     ({"mask": torch.ones(3, device="meta")}, ValueError, r"mask is on meta, expected"),
-    ({"dropout": 1.0}, ValueError, r"dropout is 1.0, expected a probability in \[0, 1\)"),
+    ({"dropout": 1.0}, ValueError, r"dropout is 1.0, expected at least 0 and less than 1"),
     ({"dropout": -0.1}, ValueError, r"dropout is -0.1, expected"),
     ({"dropout": float("nan")}, ValueError, r"dropout is nan, expected"),
     ({"dropout": 0.5, "seed": 3}, TypeError, r"seed is a int"),
