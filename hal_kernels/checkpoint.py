@@ -92,7 +92,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         names = list(header["saved_modules"])
         if not specs or len({spec.name for spec in specs}) < len(specs):
             raise ValueError(f"layers are none, or not distinct: {[s.name for s in specs]}")
-        config.initial_rows(spec.name for spec in specs)
+        config.initial_rows(Layout(specs).narrowest)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{Path(path) / JSON_NAME} is not a valid checkpoint: {error}") from error
     patched = any(isinstance(m, HyperAdapter) for m in model.modules())
@@ -121,7 +121,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         _expect_same_kind(find_adapter(model), adapter, names)
         _take_over(find_adapter(model), adapter)
     else:
-        attach(owner, adapter, layers)
+        attach(owner, adapter, layers, names)
     for name in names:
         owner.get_submodule(name).load_state_dict(saved[name])
     return model

@@ -4,10 +4,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 
+from .ops._library import expect_number
 from .ops.orthogonality_penalty import KINDS as PENALTIES
 
 HYPERNETS = ("bert", "mlp", "cnn", "direct")
@@ -16,6 +18,7 @@ INITS = ("gradient", "random")
 OFFSETS = ("none", "lam", "all")
 ALLOCATIONS = ("sensitivity", "ema", "magnitude")
 SCHEDULES = ("fixed", "cubic")
+AUTO = "auto"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -24,14 +27,18 @@ class HALConfig:
     """What `patch_model` needs to know. Unknown or impossible values raise at once.
 
     Attributes:
-        rank: target average rank; the budget is rank × number of layers. The paper uses 3.
-        init_rank: rank every layer starts with; None means ⌈1.5 · rank⌉ (AdaLoRA's proportion),
-            but not more than the narrowest layer allows. Equal to `rank`: nothing is ever pruned.
+        rank: target average rank; the budget is rank × number of layers (of layers narrower than
+            that, their narrower side). The paper uses 3.
+        init_rank: rank every layer starts with; None means ⌈1.5 · rank⌉ (AdaLoRA's proportion).
+            Equal to `rank`: nothing is ever pruned. A layer narrower than this starts with as many
+            directions as its narrower side has.
         targets: layers to adapt, as PEFT's target_modules: a list of names or name endings, a
             regular expression for whole names, or "all-linear" (every linear layer except the
             output head and `modules_to_save`).
         exclude: list of names or endings, or a regular expression, left out of `targets`.
         modules_to_save: names or endings of modules trained in full and saved with the adapter.
+            "auto": the task heads of transformers' models, whatever the checkpoint that the model
+            was loaded from did not hold, and modules called "classifier", "score" or "qa_outputs".
         hypernet: generator of the factors: "bert" (the paper's), "mlp", "cnn" (its ablation), or
             "direct": P, Λ, Q are the parameters themselves (AdaLoRA).
         norm_first: LayerNorm before attention and before the inner layer (pre-LN) instead of after
@@ -58,12 +65,15 @@ class HALConfig:
             (AdaLoRA's smoothed sensitivity × uncertainty), "magnitude" |σ|.
         schedule: "fixed" prunes `prune_per_interval` directions every `interval` steps until the
             budget is met; "cubic" is AdaLoRA's, with `tinit`, `tfinal` and `total_step`.
-        interval: optimizer steps between two allocations (ΔT).
+        interval: optimizer steps between two allocations (ΔT). None means 100, or fewer where
+            `total_step` says that the budget would not be met in the first two thirds of the run.
         prune_per_interval: directions pruned at a time under "fixed"; None means a tenth of the
-            surplus over the budget, so that ten intervals meet it.
+            surplus over the budget, so that ten intervals meet it (more where `total_step` leaves
+            room for fewer).
         tinit: "cubic": steps before the first allocation.
         tfinal: "cubic": steps after the last allocation.
-        total_step: "cubic": all optimizer steps of the run.
+        total_step: all optimizer steps of the run. "cubic" needs it; under "fixed" it settles an
+            `interval` that is None.
         beta1, beta2: "ema": decay of the smoothed sensitivity and of its uncertainty.
         dtype: of factors and hypernetworks.
         seed: of their initial values; None draws from torch's global generator.
@@ -75,7 +85,7 @@ class HALConfig:
     init_rank: int | None = None
     targets: str | Sequence[str] = "all-linear"
     exclude: str | Sequence[str] | None = None
-    modules_to_save: str | Sequence[str] | None = ("classifier", "score", "qa_outputs")
+    modules_to_save: str | Sequence[str] | None = AUTO
     hypernet: str = "bert"
     norm_first: bool = False
     update: str = "anchor"
@@ -89,7 +99,7 @@ class HALConfig:
     penalty: str = "squared"
     allocation: str = "sensitivity"
     schedule: str = "fixed"
-    interval: int = 100
+    interval: int | None = None
     prune_per_interval: int | None = None
     tinit: int = 0
     tfinal: int = 0
@@ -137,13 +147,11 @@ class HALConfig:
         expect_number("dropout", self.dropout, least=0.0, below=1.0)
         expect_number("beta1", self.beta1, above=0.0, below=1.0)
         expect_number("beta2", self.beta2, above=0.0, below=1.0)
-        _expect_int("interval", self.interval, 1)
         _expect_int("tinit", self.tinit, 0)
         _expect_int("tfinal", self.tfinal, 0)
-        if self.prune_per_interval is not None:
-            _expect_int("prune_per_interval", self.prune_per_interval, 1)
-        if self.total_step is not None:
-            _expect_int("total_step", self.total_step, 1)
+        for name in ("interval", "prune_per_interval", "total_step"):
+            if getattr(self, name) is not None:
+                _expect_int(name, getattr(self, name), 1)
         if self.schedule == "cubic" and self.total_step is None:
             raise ValueError('total_step is None, expected a number of steps (schedule="cubic")')
         if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
@@ -185,35 +193,49 @@ class HALConfig:
         """s of the layer of this name."""
         return _matched(self.alpha_pattern, name, self.alpha) / self.rank
 
-    def init_rank_of(self, name: str) -> int:
-        """The rank that the layer of this name starts with, once `init_rank` is settled."""
+    def init_rank_of(self, name: str, narrowest: int) -> int:
+        """The rank that a layer starts with, once `init_rank` is settled.
+
+        Args:
+            narrowest: the layer's narrower side, which bounds its rank.
+        """
         if self.init_rank is None:
             raise ValueError("init_rank is None, expected the rank that for_layers settles")
-        return _matched(self.rank_pattern, name, self.init_rank)
+        return min(_matched(self.rank_pattern, name, self.init_rank), narrowest)
 
-    def for_layers(self, widths: Mapping[str, tuple[int, int]]) -> "HALConfig":
-        """This configuration with `init_rank` settled for layers of these (d_in, d_out), by name.
+    def for_layers(self, narrowest: Mapping[str, int]) -> "HALConfig":
+        """This configuration with `init_rank` settled, for layers by name.
+
+        Args:
+            narrowest: each layer's narrower side. A layer that is narrower than a rank has that
+                many directions, and no other layer has fewer for it.
 
         Raises:
-            ValueError: a rank exceeds a layer's narrowest side, a key of a pattern names no layer,
-                or the initial ranks are less than the budget.
+            ValueError: no layer is wide enough for `rank` or `init_rank`, or the one that
+                `rank_pattern` names is not; a key of a pattern names no layer; the initial ranks
+                are less than the budget.
         """
         for field in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, field) or {}:
-                if not any(names_layer(key, name) for name in widths):
+                if not any(names_layer(key, name) for name in narrowest):
                     raise ValueError(f"{field}: {key!r} matches no adapted layer")
-        narrowest = {name: min(pair) for name, pair in widths.items()}
-        free = [
-            n for name, n in narrowest.items() if _matched(self.rank_pattern, name, None) is None
-        ]
-        config = self.with_init_rank(min(free or narrowest.values()))
-        for name, least in narrowest.items():
-            if config.init_rank_of(name) > least:
+        widest = max(narrowest.values())
+        for field in ("rank", "init_rank"):
+            if (getattr(self, field) or 0) > widest:
                 raise ValueError(
-                    f"rank_pattern gives {name!r} rank {config.init_rank_of(name)}, expected at "
-                    f"most {least} (its narrowest side)"
+                    f"{field} is {getattr(self, field)}, expected at most {widest} (the narrower "
+                    "side of the largest adapted layer)"
                 )
-        total, budget = config.initial_rows(widths), self.rank * len(widths)
+        for name, side in narrowest.items():
+            asked = _matched(self.rank_pattern, name, 0)
+            if asked > side:
+                raise ValueError(
+                    f"rank_pattern gives {name!r} rank {asked}, expected at most {side} (its "
+                    "narrower side)"
+                )
+        init_rank = self.init_rank or min(math.ceil(1.5 * self.rank), widest)
+        config = dataclasses.replace(self, init_rank=init_rank)
+        total, budget = config.initial_rows(narrowest), config.budget(narrowest)
         if total < budget:
             raise ValueError(
                 f"rank_pattern lets the layers start with {total} directions, expected at least "
@@ -221,25 +243,13 @@ class HALConfig:
             )
         return config
 
-    def initial_rows(self, names: Iterable[str]) -> int:
-        """How many directions these layers start with, all together."""
-        return sum(self.init_rank_of(name) for name in names)
+    def initial_rows(self, narrowest: Mapping[str, int]) -> int:
+        """How many directions layers of these narrower sides, by name, start with in all."""
+        return sum(self.init_rank_of(name, side) for name, side in narrowest.items())
 
-    def with_init_rank(self, narrowest: int) -> "HALConfig":
-        """This configuration with `init_rank` settled for a model whose narrowest side is given."""
-        if self.rank > narrowest:
-            raise ValueError(
-                f"rank is {self.rank}, expected at most {narrowest} (the narrowest side of a layer)"
-            )
-        init_rank = self.init_rank
-        if init_rank is None:
-            init_rank = min(math.ceil(1.5 * self.rank), narrowest)
-        if init_rank > narrowest:
-            raise ValueError(
-                f"init_rank is {init_rank}, expected at most {narrowest} "
-                "(the narrowest side of a layer)"
-            )
-        return dataclasses.replace(self, init_rank=init_rank)
+    def budget(self, narrowest: Mapping[str, int]) -> int:
+        """How many directions they keep in all: `rank` for each layer that is as wide."""
+        return sum(min(self.rank, side) for side in narrowest.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON holds; `from_dict` is the inverse."""
@@ -250,15 +260,33 @@ class HALConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "HALConfig":
         """Rebuild from `to_dict`'s values. Unknown names raise ValueError."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        unknown = unknown_options(values)
         if unknown:
-            raise ValueError(f"config has unknown options {unknown}")
+            raise ValueError(f"config has unknown options: {unknown}")
         values = dict(values)
         if isinstance(values.get("dtype"), str):
             if values["dtype"] not in DTYPES:
                 raise ValueError(f"dtype is {values['dtype']!r}, expected one of {list(DTYPES)}")
             values["dtype"] = DTYPES[values["dtype"]]
         return cls(**values)
+
+
+PEFT_NAMES = {
+    "r": "rank", "target_r": "rank", "init_r": "init_rank", "lora_alpha": "alpha",
+    "lora_dropout": "dropout", "target_modules": "targets", "exclude_modules": "exclude",
+    "orth_reg_weight": "gamma", "deltaT": "interval",
+}  # fmt: skip
+"""What options of PEFT's AdaLoRA and LoRA are called here."""
+
+
+def unknown_options(names: Iterable[str]) -> str:
+    """Those of `names` that are no options, with what may have been meant; "" if all are."""
+    known = HALConfig.__dataclass_fields__
+    words = []
+    for name in sorted(set(names) - set(known), key=str):
+        near = PEFT_NAMES.get(name) or next(iter(get_close_matches(str(name), known, 1)), None)
+        words.append(repr(name) + (f" (did you mean {near!r}?)" if near else ""))
+    return ", ".join(words)
 
 
 def _checked_mapping(name: str, value: Any) -> dict[str, Any] | None:
@@ -270,7 +298,13 @@ def _checked_mapping(name: str, value: Any) -> dict[str, Any] | None:
     for key in value:
         if not isinstance(key, str):
             raise TypeError(f"{name} holds the key {key!r}, expected a name")
-        _pattern(name, key)
+        try:
+            names_layer(key, "")
+        except re.error as error:
+            raise ValueError(
+                f"{name} holds the key {key!r}, expected a name or a regular expression for the "
+                f"end of one ({error})"
+            ) from None
     return dict(value) or None
 
 
@@ -306,23 +340,6 @@ def _expect_int(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} is {value!r}, expected an int")
     if value < least:
         raise ValueError(f"{name} is {value}, expected at least {least}")
-
-
-def expect_number(
-    name: str,
-    value: Any,
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> None:
-    """Raise TypeError or ValueError naming the argument unless it is a number in the range."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} is {value!r}, expected a number")
-    if not (value >= least and value > above and value < below):
-        lower = f"at least {least:g}" if least > -math.inf else f"more than {above:g}"
-        upper = f" and less than {below:g}" if below < math.inf else ""
-        raise ValueError(f"{name} is {value}, expected {lower}{upper}")
 
 
 def _expect_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

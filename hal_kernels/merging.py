@@ -92,7 +92,8 @@ def unmerge(model: nn.Module) -> nn.Module:
             raise ValueError(f"unmerge: the model lacks one of {names} now ({error})") from None
         raise
     device = next(iter(layers.values())).weight.device
-    attach(owner, merged.adapter.to(device=device), layers)  # type: ignore[arg-type]
+    adapter = merged.adapter.to(device=device)  # type: ignore[arg-type]
+    attach(owner, adapter, layers, list(adapter.saved_modules))
     with torch.no_grad():
         for name, layer in adapted_layers(owner).items():
             base_weight(layer).copy_(merged.base_weights[name])

@@ -1,20 +1,21 @@
 """`patch_model`: adapt a model's linear layers in place."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .config import HALConfig
+from .config import HALConfig, unknown_options
 from .nn.adapter import HyperAdapter
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, HALLinear, LayerSlot, adapted_class, linear_widths
 from .nn.shared_input import SharedInput, find_groups
 from .stepping import watch
-from .targets import saved_module_names, target_layers
+from .targets import saved_module_names, target_layers, untrained_names
 
 ATTRIBUTE = "hal"
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -51,15 +52,25 @@ def patch_model(
     if config is not None and (options or rank != 3):
         raise ValueError("config comes with rank or other options: give one or the other")
     if config is None:
-        known = HALConfig.__dataclass_fields__
-        unknown = sorted(set(options) - set(known))
+        unknown = unknown_options(options)
         if unknown:
-            raise TypeError(f"patch_model has no options {unknown}; it has {sorted(known)}")
+            known = ", ".join(HALConfig.__dataclass_fields__)
+            raise TypeError(f"patch_model has no such options: {unknown}; it has {known}")
         config = HALConfig(rank=rank, **options)
     expect_unpatched(model)
     layers = target_layers(model, config)
     widths = {name: linear_widths(layer) for name, layer in layers.items()}
-    attach(model, new_adapter(config, widths, _device(layers)), layers)
+    saved = saved_module_names(model, config)
+    adapter = new_adapter(config, widths, _device(layers))
+    untrained = untrained_names(model, saved)
+    if untrained:
+        warnings.warn(
+            f"hal_kernels: {shortened(untrained)}: not in the checkpoint that the model was loaded "
+            "from, and neither trained nor saved with the adapter; name the modules that hold them "
+            "in modules_to_save",
+            stacklevel=2,
+        )
+    attach(model, adapter, layers, saved)
     return model
 
 
@@ -71,8 +82,12 @@ def new_adapter(
     Raises:
         ValueError: what `HALConfig.for_layers` raises.
     """
-    config = config.for_layers(widths)
-    specs = [LayerSpec(name, *pair, config.init_rank_of(name)) for name, pair in widths.items()]
+    narrowest = {name: min(pair) for name, pair in widths.items()}
+    config = config.for_layers(narrowest)
+    specs = [
+        LayerSpec(name, *pair, config.init_rank_of(name, narrowest[name]))
+        for name, pair in widths.items()
+    ]
     return HyperAdapter(config, Layout(specs), device)
 
 
@@ -97,9 +112,14 @@ def expect_unpatched(model: nn.Module) -> None:
         raise ValueError(f"model has an attribute {ATTRIBUTE!r}, where the adapter would go")
 
 
-def attach(model: nn.Module, adapter: HyperAdapter, layers: dict[str, nn.Module]) -> None:
-    """Turn `layers` (in the adapter's order) into adapted ones and hook `adapter` into `model`."""
-    saved = saved_module_names(model, adapter.config)
+def attach(
+    model: nn.Module, adapter: HyperAdapter, layers: dict[str, nn.Module], saved: Iterable[str]
+) -> None:
+    """Turn `layers` (in the adapter's order) into adapted ones and hook `adapter` into `model`.
+
+    Args:
+        saved: names of the modules to train in full.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in saved:
@@ -226,6 +246,12 @@ def _owner(model: nn.Module) -> nn.Module:
     if any("_hal_merged" in module.__dict__ for module in model.modules()):
         raise ValueError("model is merged: call hal_kernels.unmerge(model) first")
     raise ValueError("model is not patched: call hal_kernels.patch_model(model) first")
+
+
+def shortened(names: Sequence[str], limit: int = 5) -> str:
+    """Names for a message, the first few of many."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def _device(layers: dict[str, nn.Module]) -> torch.device:

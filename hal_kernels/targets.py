@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import HALConfig
+from .config import AUTO, HALConfig
 from .nn.linear import AdaptedLayer, adapted_class, is_conv1d
+
+HEAD_NAMES = ("classifier", "score", "qa_outputs")
+"""What task heads are called in models that don't say themselves which of their parts are heads."""
 
 
 def matches(name: str, pattern: str | Sequence[str] | None) -> bool:
@@ -21,14 +24,68 @@ def matches(name: str, pattern: str | Sequence[str] | None) -> bool:
 
 
 def saved_module_names(model: nn.Module, config: HALConfig) -> list[str]:
-    """Names of the modules to train in full: outermost matches that hold parameters."""
+    """Names of the modules to train in full: outermost matches that hold parameters.
+
+    "auto" takes task heads, and what the checkpoint that the model was loaded from lacked.
+    """
+    pattern, chosen = config.modules_to_save, set()
+    if pattern == AUTO:
+        pattern, chosen = HEAD_NAMES, _task_heads(model) | _new_modules(model)
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(outer + ".") for outer in found)
-        meant = name and not inside and matches(name, config.modules_to_save)
+        meant = name and not inside and (id(module) in chosen or matches(name, pattern))
         if meant and next(module.parameters(), None) is not None:
             found.append(name)
     return found
+
+
+def _task_heads(model: nn.Module) -> set[int]:
+    """Ids of what a transformers model adds to its base model, unless that is a language model's
+    head, which comes with the checkpoint."""
+    if not is_transformers(model) or _output_embeddings(model) is not None:
+        return set()
+    base = model.base_model
+    return set() if base is model else {id(c) for c in model.children() if c is not base}
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether `model` is a PreTrainedModel (recognised without importing transformers)."""
+    return isinstance(getattr(type(model), "base_model_prefix", None), str)
+
+
+def _new_modules(model: nn.Module) -> set[int]:
+    """Ids of the modules of transformers models whose parameters are all new.
+
+    Embeddings of tokens are left out: they are large, and new rows alone make them look new.
+    """
+    new = _new_parameters(model)
+    embeddings = {id(m) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings.add(id(_output_embeddings(model)))
+    parts = (m for m in model.modules() if is_transformers(m))
+    return {
+        id(module)
+        for part in parts
+        for module in part.modules()
+        if id(module) not in embeddings and all(id(p) in new for p in module.parameters())
+    }
+
+
+def _new_parameters(model: nn.Module) -> set[int]:
+    """Ids of parameters that ``from_pretrained`` did not find in its checkpoint.
+
+    transformers marks those that it did find. None is new where none is marked.
+    """
+    known = {id(p): bool(getattr(p, "_is_hf_initialized", False)) for p in model.parameters()}
+    if not any(known.values()):
+        return set()
+    return {id(p) for p in model.parameters() if not known[id(p)] and p.is_floating_point()}
+
+
+def untrained_names(model: nn.Module, saved: Sequence[str]) -> list[str]:
+    """Names of parameters with random values that lie in none of the modules trained in full."""
+    new, heads = _new_parameters(model), tuple(f"{name}." for name in saved)
+    return [n for n, p in model.named_parameters() if id(p) in new and not n.startswith(heads)]
 
 
 def target_layers(model: nn.Module, config: HALConfig) -> dict[str, Any]:
@@ -64,10 +121,18 @@ def target_layers(model: nn.Module, config: HALConfig) -> dict[str, Any]:
     if not layers:
         raise ValueError(
             f"targets is {config.targets!r}: no linear layer of {type(model).__name__} matches"
+            + _meant_as_list(model, config.targets)
             + (f" (exclude is {config.exclude!r})" if config.exclude is not None else "")
         )
     expect_usable(layers)
     return layers
+
+
+def _meant_as_list(model: nn.Module, targets: str | Sequence[str]) -> str:
+    """For a message, where a string would match as an entry of a list."""
+    if isinstance(targets, str) and any(matches(n, (targets,)) for n, _ in model.named_modules()):
+        return f" all of its name; did you mean the list [{targets!r}], for names that end so?"
+    return ""
 
 
 def expect_usable(layers: dict[str, Any]) -> None:
@@ -115,9 +180,18 @@ def _output_head(model: nn.Module) -> set[int]:
         for m in model.modules()
         if id(getattr(m, "weight", None)) in embeddings and not isinstance(m, nn.Embedding)
     }
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else getattr(model, "lm_head", None)
-    return heads | ({id(head)} if isinstance(head, nn.Module) else set())
+    head = _output_embeddings(model)
+    return heads | ({id(head)} if head is not None else set())
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    """A language model's last layer, from hidden states to logits of tokens."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else getattr(model, "lm_head", None)
+    except NotImplementedError:  # transformers: a model without one
+        return None
+    return head if isinstance(head, nn.Module) else None
 
 
 def base_weight(layer: AdaptedLayer) -> torch.Tensor:

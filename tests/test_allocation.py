@@ -171,7 +171,8 @@ def test_cubic_is_pefts_schedule():
             budget, masks = adalora.RankAllocator.budget_schedule(allocator, step)
             masks = (masks and step < total - tfinal) or step == total - tfinal
             expected = layers * init_rank - budget if masks else None
-            assert allocation.pruned_count(config, layers, layers * init_rank, step) == expected
+            numbers = layers * rank, layers * init_rank
+            assert allocation.pruned_count(config, *numbers, step) == expected
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
@@ -412,3 +413,37 @@ def test_check_for_nan_waits_once(hypernet, waits):
     found = waits(torch.optim.SGD(trainable(model), lr=1e-3).step)
     assert found.count("__bool__") == 1
     assert set(found) <= {"__bool__", "is_nonzero", "item", "_local_scalar_dense"}
+
+
+# ---- when the budget is met ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize(("total", "options"), [(12, {}), (30, {"prune_per_interval": 3}), (3, {})])
+def test_total_step_lets_a_short_run_meet_the_budget(total, options, hypernet):
+    model = hal_kernels.patch_model(
+        models.net(), 2, init_rank=4, hypernet=hypernet, seed=0, total_step=total, **options
+    )
+    assert 0 < model.hal.last_allocation <= 2 * total // 3
+    train(model, adam(model), batches(model, model.hal.last_allocation))
+    assert budget_used(model) == 2 * 4
+
+
+def test_a_long_run_allocates_every_hundred_steps():
+    config = hal_kernels.HALConfig(rank=2, init_rank=4, total_step=10_000)
+    assert allocation.last_allocation(config, 8, 16) == 800
+    assert allocation.last_allocation(hal_kernels.HALConfig(rank=2, init_rank=4), 8, 16) == 800
+
+
+def test_the_first_step_says_when_the_budget_will_be_met(caplog):
+    model = hal_kernels.patch_model(models.net(), 2, init_rank=3, hypernet="direct")
+    train(model, adam(model), batches(model, 2))
+    assert [record.message for record in caplog.records] == [
+        "hal_kernels: the layers start with 12 directions and will keep 8 (rank=2) from optimizer "
+        "step 400 on; for a shorter run, give patch_model its length (total_step=…)"
+    ]
+    caplog.clear()
+    for options in ({"init_rank": 2}, {"total_step": 50}):
+        quiet = hal_kernels.patch_model(models.net(), 2, hypernet="direct", **options)
+        train(quiet, adam(quiet), batches(quiet, 1))
+    assert not caplog.records

@@ -321,7 +321,7 @@ def drop(key):
         (put("tensors", "file", JSON), r"adapter\.json is damaged: its SHA-256"),
         (put("tensors", "sha256", "0" * 64), r"is damaged: its SHA-256 is \w+, adapter\.js"),
         (put("tensors", []), r"not a valid checkpoint"),
-        (put("config", "learning_rate", 1.0), r"config has unknown options \['learning_rate'\]"),
+        (put("config", "learning_rate", 1.0), r"config has unknown options: 'learning_rate'"),
         (put("config", "gamma", "0.1"), r"gamma is '0\.1', expected a number"),
         (put("config", "dtype", "int8"), r"dtype is 'int8', expected one of"),
         (put("config", "rank", 9), r"init_rank is 3, expected at least rank = 9"),

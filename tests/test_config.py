@@ -25,10 +25,10 @@ def test_defaults():
     config = HALConfig()
     assert dataclasses.asdict(config) == {
         "rank": 3, "init_rank": None, "targets": "all-linear", "exclude": None,
-        "modules_to_save": ("classifier", "score", "qa_outputs"), "hypernet": "bert",
+        "modules_to_save": "auto", "hypernet": "bert",
         "norm_first": False, "update": "anchor", "alpha": 8.0, "dropout": 0.0, "gamma": 0.1,
         "penalty": "squared",
-        "allocation": "sensitivity", "schedule": "fixed", "interval": 100,
+        "allocation": "sensitivity", "schedule": "fixed", "interval": None,
         "prune_per_interval": None, "tinit": 0, "tfinal": 0, "total_step": None, "beta1": 0.85,
         "beta2": 0.85, "dtype": torch.float32, "seed": None, "skip_nonfinite": True,
         "rank_pattern": None, "alpha_pattern": None, "init": None, "offsets": "all",
@@ -71,20 +71,23 @@ def test_from_dict_fills_in_defaults_and_leaves_its_argument_alone():
 
 
 @pytest.mark.parametrize(
-    ("rank", "init_rank", "narrowest", "expected"),
+    ("rank", "init_rank", "sides", "ranks", "budget"),
     [
-        (3, None, 100, 5),
-        (2, None, 100, 3),
-        (1, None, 100, 2),
-        (4, None, 5, 5),  # held to what the narrowest layer allows
-        (4, None, 4, 4),
-        (3, 8, 8, 8),
-        (3, 3, 8, 3),
+        (3, None, (100, 100), [5, 5], 6),
+        (2, None, (100,), [3], 2),
+        (1, None, (100,), [2], 1),
+        (4, None, (5, 100), [5, 6], 8),  # a narrow layer has its own limit
+        (4, None, (3, 100, 1), [3, 6, 1], 8),
+        (4, None, (4, 4), [4, 4], 8),
+        (3, 8, (8, 7), [8, 7], 6),
+        (3, 3, (8, 2), [3, 2], 5),
     ],
 )
-def test_init_rank(rank, init_rank, narrowest, expected):
-    config = HALConfig(rank=rank, init_rank=init_rank).with_init_rank(narrowest)
-    assert config.init_rank == expected
+def test_init_rank(rank, init_rank, sides, ranks, budget):
+    narrowest = dict(zip("abc", sides, strict=False))
+    config = HALConfig(rank=rank, init_rank=init_rank).for_layers(narrowest)
+    assert [config.init_rank_of(*item) for item in narrowest.items()] == ranks
+    assert config.initial_rows(narrowest) == sum(ranks) and config.budget(narrowest) == budget
 
 
 def test_scaling():

@@ -413,3 +413,24 @@ def test_replace_starts_elsewhere():
 def test_every_layer_takes_part():
     model = patch_model(models.net(), 2, hypernet="direct")
     assert all(matters(model, name) for name in ALL)
+
+
+def test_a_narrow_layer_limits_its_own_rank_alone():
+    """Mixture-of-experts gates and value heads have one output."""
+
+    class Gated(models.Holder):
+        def forward(self, x, labels=None):
+            return self.classifier(torch.sigmoid(self.gate(x)) * self.thin(self.wide(x)))
+
+    model = Gated(
+        wide=nn.Linear(16, 16), thin=nn.Sequential(nn.Linear(16, 3), nn.Linear(3, 16)),
+        gate=nn.Linear(16, 1),
+    )  # fmt: skip
+    patch_model(model, rank=3, hypernet="direct", interval=1, total_step=100)
+    assert rank_pattern(model) == {"wide": 5, "thin.0": 3, "thin.1": 3, "gate": 1}
+    optimizer = adam(model)
+    for _ in range(4):
+        model(torch.randn(4, 16)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(rank_pattern(model).values()) == 3 + 3 + 3 + 1

@@ -73,7 +73,12 @@ def test_siblings_of_different_scaling():
         ({"alpha_pattern": {"up.0": -1}}, ValueError, r"alpha_pattern\['up\.0'\] is -1"),
         ({"alpha_pattern": ["up.0"]}, TypeError, r"alpha_pattern is \['up\.0'\], expected a map"),
         ({"rank_pattern": {3: 3}}, TypeError, r"rank_pattern holds the key 3"),
-        ({"rank_pattern": {"(": 3}}, ValueError, r"rank_pattern is '\(', expected"),
+        ({"rank_pattern": {"(": 3}}, ValueError, r"rank_pattern holds the key '\(', expected"),
+        (
+            {"rank_pattern": {"(?i)up": 3}},
+            ValueError,
+            r"rank_pattern holds the key '\(\?i\)up', expected .*global flags",
+        ),
         ({"rank_pattern": {".*": 1}}, ValueError, r"start with 4 directions, expected at least"),
     ],
 )

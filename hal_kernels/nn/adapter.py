@@ -20,7 +20,7 @@ from ..config import HALConfig
 from ..ops.ragged import Slots
 from .added import adder
 from .alignment import Alignment, alignment_steps, extra_state_sizes, nothing
-from .allocation import allocate, last_allocation
+from .allocation import allocate, announce, last_allocation
 from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
@@ -93,7 +93,8 @@ class HyperAdapter(State):
         """Take over where each layer's rows lie (at the start, and after compaction)."""
         self.layout = layout
         self.scalings = [self.config.scaling_of(spec.name) for spec in layout.layers]
-        self.initial_rows = self.config.initial_rows(spec.name for spec in layout.layers)
+        self.initial_rows = self.config.initial_rows(layout.narrowest)
+        self.budget = self.config.budget(layout.narrowest)
         device = self.mask.device
         index = {"offsets_lam": layout.offsets}
         for name, side in (("p", layout.p), ("q", layout.q)):
@@ -121,7 +122,7 @@ class HyperAdapter(State):
 
     def _make_alignment(self) -> None:
         self._alignment: Alignment | None = None
-        if self.steps < alignment_steps(self.config, self.layout, self.initial_rows):
+        if self.steps < alignment_steps(self.config, self.layout):
             self._alignment = Alignment(self.layout, self.lam.dtype, self.lam.device)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "HyperAdapter":
@@ -399,9 +400,11 @@ class HyperAdapter(State):
         moved = self._has_gradient() and self.watched().lam.grad is not None
         if moved and recent is not None and not self._skip:  # else there was nothing to step
             self.steps += 1
+            if self.steps == 1:
+                announce(self)
             if self._alignment is not None:
                 self._alignment.end_step(self.process_group)
-                if self.steps == alignment_steps(self.config, self.layout, self.initial_rows):
+                if self.steps == alignment_steps(self.config, self.layout):
                     anchors = [self.packed("anchor_")] if self.config.anchored else []
                     self._alignment.write([self.packed(), *anchors])
                     self._alignment = None
@@ -450,7 +453,7 @@ class HyperAdapter(State):
     @property
     def last_allocation(self) -> int:
         """The optimizer step after which the mask stays as it is."""
-        return last_allocation(self.config, len(self.layout.layers), self.initial_rows)
+        return last_allocation(self.config, self.budget, self.initial_rows)
 
     @property
     def effective_mask(self) -> torch.Tensor:
@@ -471,7 +474,7 @@ class HyperAdapter(State):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         steps, numbers = int(state[0]), state.numel()
-        sizes = extra_state_sizes(self.config, self.layout, self.initial_rows, steps)
+        sizes = extra_state_sizes(self.config, self.layout, steps)
         if numbers not in sizes:
             raise ValueError(
                 f"_extra_state has {numbers} numbers, expected {' or '.join(map(str, sizes))} "

@@ -28,11 +28,12 @@ STEPS = 4  # the gradient of one batch is noisy
 OVERSAMPLING = 8  # columns of a sketch beyond the rank
 
 
-def alignment_steps(config: HALConfig, layout: Layout, initial: int) -> int:
+def alignment_steps(config: HALConfig, layout: Layout) -> int:
     """How many optimizer steps choose directions: none that allocates, or comes after."""
-    steps, layers = 0, len(layout.layers)
+    steps, budget = 0, config.budget(layout.narrowest)
+    initial = config.initial_rows(layout.narrowest)
     if config.aligned:
-        while steps < STEPS and pruned_count(config, layers, initial, steps + 1) is None:
+        while steps < STEPS and pruned_count(config, budget, initial, steps + 1) is None:
             steps += 1
     return steps
 
@@ -50,12 +51,12 @@ def sketch_size(layout: Layout) -> int:
     )
 
 
-def extra_state_sizes(config: HALConfig, layout: Layout, initial: int, steps: int) -> list[int]:
+def extra_state_sizes(config: HALConfig, layout: Layout, steps: int) -> list[int]:
     """How many numbers an adapter's extra state may hold: the step, and sketches under way.
 
     It has no sketches where Λ was not zero at the start, so that directions were not chosen.
     """
-    under_way = 0 < steps < alignment_steps(config, layout, initial)
+    under_way = 0 < steps < alignment_steps(config, layout)
     return [1, 1 + sketch_size(layout)] if under_way else [1]
 
 

@@ -3,6 +3,7 @@
 Schedules are functions of the step counter on the host; scores and selection stay on the device.
 """
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
@@ -11,52 +12,82 @@ import torch
 from ..config import HALConfig
 from ..ops.importance_scores import importance_scores
 from ..ops.rank_allocation import prune_smallest, update_importance_
-from .processes import average_
+from .processes import average_, is_first
 
 if TYPE_CHECKING:
     from .adapter import HyperAdapter
 
+logger = logging.getLogger("hal_kernels")
+INTERVAL = 100  # optimizer steps between allocations where nothing asks for another number
+ALLOCATIONS = 10  # how many meet the budget under "fixed"
 
-def surplus(config: HALConfig, layers: int, initial: int) -> int:
-    """Directions to be pruned over the whole run: initial directions − rank × number of layers."""
-    return initial - config.rank * layers
 
-
-def last_allocation(config: HALConfig, layers: int, initial: int) -> int:
+def last_allocation(config: HALConfig, budget: int, initial: int) -> int:
     """The optimizer step after which the mask stays as it is.
 
     Args:
-        initial: directions that all layers together start with.
+        budget: directions that all layers together keep in the end.
+        initial: directions that they start with.
     """
-    extra = surplus(config, layers, initial)
-    if extra == 0:
+    if initial == budget:
         return 0
     if config.schedule == "cubic":
         assert config.total_step is not None
         return config.total_step - config.tfinal
-    return config.interval * math.ceil(extra / _per_interval(config, extra))
+    return _interval(config, initial - budget) * _allocations(config, initial - budget)
 
 
-def pruned_count(config: HALConfig, layers: int, initial: int, step: int) -> int | None:
+def pruned_count(config: HALConfig, budget: int, initial: int, step: int) -> int | None:
     """How many directions the mask prunes from this optimizer step on; None: no allocation now.
 
     Steps count from 1. "cubic" is AdaLoRA's b(t) (PEFT's RankAllocator.budget_schedule), "fixed"
     prunes the same number every interval.
     """
-    extra, end = surplus(config, layers, initial), last_allocation(config, layers, initial)
-    if extra == 0 or step > end or (step % config.interval and step != end):
+    surplus, end = initial - budget, last_allocation(config, budget, initial)
+    interval = _interval(config, surplus)
+    if surplus == 0 or step > end or (step % interval and step != end):
         return None
     if config.schedule == "fixed":
-        return min(extra, step // config.interval * _per_interval(config, extra))
+        return min(surplus, step // interval * _per_interval(config, surplus))
     if step <= config.tinit:
         return None
     remaining = (1 - (step - config.tinit) / (end - config.tinit)) ** 3
-    target = config.rank * layers
-    return extra + target - int(extra * remaining + target)
+    return surplus + budget - int(surplus * remaining + budget)
 
 
-def _per_interval(config: HALConfig, extra: int) -> int:
-    return config.prune_per_interval or math.ceil(extra / 10)
+def _per_interval(config: HALConfig, surplus: int) -> int:
+    """ "fixed": directions pruned at a time."""
+    if config.prune_per_interval is not None:
+        return config.prune_per_interval
+    allocations = ALLOCATIONS
+    if config.total_step is not None:
+        allocations = max(1, min(allocations, 2 * config.total_step // 3))
+    return math.ceil(surplus / allocations)
+
+
+def _allocations(config: HALConfig, surplus: int) -> int:
+    """ "fixed": how many allocations meet the budget."""
+    return math.ceil(surplus / _per_interval(config, surplus))
+
+
+def _interval(config: HALConfig, surplus: int) -> int:
+    """Optimizer steps between two allocations."""
+    if config.interval is not None:
+        return config.interval
+    if config.total_step is None or config.schedule == "cubic" or surplus == 0:
+        return INTERVAL
+    return max(1, min(INTERVAL, 2 * config.total_step // (3 * _allocations(config, surplus))))
+
+
+def announce(adapter: "HyperAdapter") -> None:
+    """Say at the first optimizer step when the rank budget will be met: a short run may not."""
+    last = adapter.last_allocation
+    if last > (adapter.config.total_step or 0) and is_first(adapter.process_group):
+        logger.warning(
+            "hal_kernels: the layers start with %d directions and will keep %d (rank=%d) from "
+            "optimizer step %d on; for a shorter run, give patch_model its length (total_step=…)",
+            adapter.initial_rows, adapter.budget, adapter.config.rank, last,
+        )  # fmt: skip
 
 
 def allocate(adapter: "HyperAdapter") -> None:
@@ -67,7 +98,7 @@ def allocate(adapter: "HyperAdapter") -> None:
         adapter.last_allocation + (config.schedule == "fixed")
     ):
         _update_importance(adapter)
-    count = pruned_count(config, len(adapter.layout.layers), adapter.initial_rows, adapter.steps)
+    count = pruned_count(config, adapter.budget, adapter.initial_rows, adapter.steps)
     if count is not None:
         gone = adapter.initial_rows - adapter.layout.rows  # dropped by compaction
         scores = _scores(adapter)

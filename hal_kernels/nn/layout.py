@@ -84,6 +84,8 @@ class Layout:
         self.rows = sum(self.ranks)
         self.offsets = _offsets(self.ranks)
         self.max_rank = max(self.ranks)
+        self.narrowest = {layer.name: min(layer.d_in, layer.d_out) for layer in layers}
+        """Each layer's narrower side, by name."""
         self.p = Side(layers, [layer.d_in for layer in layers])
         self.q = Side(layers, [layer.d_out for layer in layers])
 

@@ -26,6 +26,11 @@ def first_rank(group: Any) -> int:
     return 0 if group is None else dist.get_global_rank(group, 0)
 
 
+def is_first(group: Any) -> bool:
+    """Whether this process is the one that speaks for all that train together."""
+    return world_size(group) == 1 or dist.get_rank() == first_rank(group)
+
+
 def average_(tensors: Sequence[torch.Tensor], group: Any) -> None:
     """Mean over all processes, in place; every process gets the same bits."""
     processes = world_size(group)

@@ -19,6 +19,7 @@ from torch import nn
 from hal_kernels.checkpoint import serialized, write_atomically
 from hal_kernels.export import exact_targets
 from hal_kernels.introspection import adapter_factors
+from hal_kernels.nn.allocation import INTERVAL
 
 from .peft_config import HyperAdaLoraConfig
 from .peft_model import HyperAdaLoraModel
@@ -121,7 +122,7 @@ def export_adalora(
         init_r=init_r,
         target_r=config.r,
         total_step=max(adapter.steps, 1),
-        deltaT=config.interval,
+        deltaT=config.interval or INTERVAL,
         beta1=config.beta1,
         beta2=config.beta2,
         orth_reg_weight=config.gamma,

@@ -108,7 +108,9 @@ class HyperAdaLoraConfig(PeftConfig):
         default="sensitivity", metadata={"help": "'sensitivity', 'ema' or 'magnitude'."}
     )
     schedule: str = field(default="fixed", metadata={"help": "'fixed' or 'cubic'."})
-    interval: int = field(default=100, metadata={"help": "Optimizer steps between allocations."})
+    interval: int | None = field(
+        default=None, metadata={"help": "Optimizer steps between allocations."}
+    )
     prune_per_interval: int | None = field(
         default=None, metadata={"help": "'fixed': directions pruned at a time."}
     )

@@ -113,7 +113,7 @@ def _file_name(key: str) -> str:
 def _progress_size(adapter: HyperAdapter, layout: Layout, progress: torch.Tensor) -> int:
     """How many numbers the extra state should hold at the step that it says."""
     steps = int(progress[0]) if progress.numel() else 0
-    sizes = extra_state_sizes(adapter.config, layout, adapter.initial_rows, steps)
+    sizes = extra_state_sizes(adapter.config, layout, steps)
     return progress.numel() if progress.numel() in sizes else sizes[-1]
 
 
