@@ -15,7 +15,7 @@ from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, HALLinear, LayerSlot, adapted_class, linear_widths
 from .nn.shared_input import SharedInput, find_groups
 from .stepping import watch
-from .targets import saved_module_names, target_layers, untrained_names
+from .targets import is_transformers, saved_module_names, target_layers, untrained_names
 
 ATTRIBUTE = "hal"
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -139,6 +139,10 @@ def attach(
         layer.__dict__["_hal"] = LayerSlot(adapter, index, type(layer), shared.get(id(layer)))
         layer.__class__ = adapted
     setattr(model, ATTRIBUTE, adapter)
+    if is_transformers(model):
+        from .pretrained import SavePretrained  # which saves with what is built on this module
+
+        model.__dict__["save_pretrained"] = SavePretrained(model)
     model.__dict__["_hal_hooks"] = hook_forward(model, adapter, groups)
     # Or DistributedDataParallel would send the state, which is alike everywhere, with every step.
     own = [f"{ATTRIBUTE}.{name}" for name, _ in adapter.named_buffers()]
@@ -182,6 +186,7 @@ def detach_adapter(model: nn.Module) -> HyperAdapter:
     if others:
         owner.__dict__[_DDP_IGNORED] = others
     delattr(owner, ATTRIBUTE)
+    owner.__dict__.pop("save_pretrained", None)
     return adapter
 
 
