@@ -164,9 +164,6 @@ def hook_forward(
         for module in model.modules()
         if isinstance(module, nn.TransformerEncoderLayer)
     ]
-    embeddings = _input_embeddings(model)
-    if embeddings is not None:
-        handles.append(embeddings.register_forward_hook(_InputGradients(model)))
     adapter.train(model.training)
     watch(adapter)
     return handles
@@ -265,15 +262,6 @@ def _device(layers: dict[str, nn.Module]) -> torch.device:
     return weight.device
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        found = get() if callable(get) else None
-    except NotImplementedError:  # transformers: a model without token embeddings
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
 class _Hook:
     """Hooks are objects, not closures: a deep copy of the model gets its own, with its adapter."""
 
@@ -296,8 +284,6 @@ class _Closing(_Hook):
             if model.training and torch.is_grad_enabled() and output is not None:
                 once = kwargs.get("num_items_in_batch") is not None
                 output = _with_loss(output, lambda: adapter.loss_term(counts_once=once))
-            if adapter.needs_tie and not torch.compiler.is_compiling():
-                output = _map_tensors(output, adapter)
         finally:
             adapter.close_forward()
             if not adapter.in_pass:
@@ -311,33 +297,9 @@ class _Forgetting(_Hook):
         self.adapter.forget()
 
 
-class _InputGradients:
-    """Lets embeddings' outputs require gradients while activations are checkpointed.
-
-    Reentrant checkpointing recomputes a block only if one of its inputs requires a gradient.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, embeddings: nn.Module, args: Any, output: Any) -> None:
-        model = self.model
-        if not model.training or not torch.is_grad_enabled():
-            return
-        plain = isinstance(output, torch.Tensor) and not output.requires_grad
-        if plain and _checkpoints_activations(model):
-            output.requires_grad_(True)
-
-
 def _leave_fast_path(module: nn.Module, args: Any) -> None:
     """Does nothing. A hooked nn.TransformerEncoderLayer calls its linear layers in evaluation too,
     instead of a fused kernel that reads their weights."""
-
-
-def _checkpoints_activations(model: nn.Module) -> bool:
-    """Whether a transformers model recomputes activations; both of its names for it."""
-    found = getattr(model, "is_activation_checkpointing", None)
-    return bool(getattr(model, "is_gradient_checkpointing", False) if found is None else found)
 
 
 def _with_loss(output: Any, make_term: Callable[[], torch.Tensor | None]) -> Any:
@@ -368,22 +330,6 @@ def _with_loss(output: Any, make_term: Callable[[], torch.Tensor | None]) -> Any
 def _rebuilt(output: Any, items: list[Any]) -> Any:
     """A list, tuple or named tuple of the same type with other items."""
     return output._make(items) if hasattr(output, "_make") else type(output)(items)
-
-
-def _map_tensors(output: Any, adapter: HyperAdapter) -> Any:
-    """`output` with every tensor tied to the adapter's graph (see `HyperAdapter.tie`)."""
-    if isinstance(output, torch.Tensor):
-        return adapter.tie(output)
-    if isinstance(output, MutableMapping):
-        for key, value in list(output.items()):
-            output[key] = _map_tensors(value, adapter)
-    elif isinstance(output, tuple | list):
-        return _rebuilt(output, [_map_tensors(value, adapter) for value in output])
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        fields = [field.name for field in dataclasses.fields(output) if field.init]
-        values = {name: _map_tensors(getattr(output, name), adapter) for name in fields}
-        return dataclasses.replace(output, **values)
-    return output
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,4 +1,7 @@
-"""Activation checkpointing, reentrant and not, gives the gradients that no checkpointing gives."""
+"""Activation checkpointing gives the gradients that no checkpointing gives.
+
+The reentrant kind, which would not, is refused.
+"""
 
 import lifecycle
 import models
@@ -25,7 +28,6 @@ pytestmark = [
 ]
 
 HYPERNETS = ["direct", "bert"]
-KINDS = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 DOUBLE = 1e-10  # float64 sums in another order
 
 
@@ -82,44 +84,39 @@ LOSSES = {
 }
 
 
-def hugging_face(make, hypernet, reentrant, loss, **options):
+def hugging_face(make, hypernet, checkpointed, loss, **options):
     model = patched(make(dtype=torch.float64), hypernet, **options)
-    if reentrant is not None:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-        )
+    if checkpointed:
+        model.gradient_checkpointing_enable()
     inputs = models.batch(model, seed=5)
     torch.manual_seed(3)  # of the adapter's dropout
     LOSSES[loss](model, inputs).backward()
     return after_a_step(model)
 
 
-@KINDS
 @pytest.mark.parametrize("options", [{}, {"allocation": "ema", "dropout": 0.3}], ids=["", "ema"])
 @pytest.mark.parametrize("make", [models.bert, models.llama, models.gpt2])
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_hugging_face(hypernet, make, options, reentrant):
-    expected = hugging_face(make, hypernet, None, "inside", **options)
-    assert_same_step(hugging_face(make, hypernet, reentrant, "inside", **options), expected)
+def test_hugging_face(hypernet, make, options):
+    expected = hugging_face(make, hypernet, False, "inside", **options)
+    assert_same_step(hugging_face(make, hypernet, True, "inside", **options), expected)
 
 
-@KINDS
 @pytest.mark.parametrize("loss", ["outside", "outside and penalty"])
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_loss_outside_the_model(hypernet, loss, reentrant):
-    expected = hugging_face(models.bert, hypernet, None, loss)
-    assert_same_step(hugging_face(models.bert, hypernet, reentrant, loss), expected)
+def test_loss_outside_the_model(hypernet, loss):
+    expected = hugging_face(models.bert, hypernet, False, loss)
+    assert_same_step(hugging_face(models.bert, hypernet, True, loss), expected)
 
 
-@KINDS
 @pytest.mark.parametrize("loss", ["inside", "outside"])
 @pytest.mark.parametrize("allocation", ["sensitivity", "ema"])
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_without_penalty(hypernet, allocation, loss, reentrant):
+def test_without_penalty(hypernet, allocation, loss):
     """Without a penalty nothing but recomputed layers uses the factors."""
     options = {"gamma": 0.0, "allocation": allocation}
-    expected = hugging_face(models.bert, hypernet, None, loss, **options)
-    assert_same_step(hugging_face(models.bert, hypernet, reentrant, loss, **options), expected)
+    expected = hugging_face(models.bert, hypernet, False, loss, **options)
+    assert_same_step(hugging_face(models.bert, hypernet, True, loss, **options), expected)
 
 
 # ---- torch.utils.checkpoint in a model of one's own --------------------------------------------
@@ -130,16 +127,15 @@ class Checkpointed(models.Net):
     all blocks, `twice` runs each block's layers a second time inside the same checkpoint.
     """
 
-    reentrant: bool | None = None
+    checkpoints, reentrant = False, False
     form = "blocks"
 
     def run(self, function, *args):
-        if self.reentrant is None:
+        if not self.checkpoints:
             return function(*args)
         return checkpoint(function, *args, use_reentrant=self.reentrant)
 
     def features(self, x):
-        x = x.clone().requires_grad_()  # reentrant checkpointing wants an input with a gradient
         if self.form == "whole":
             return self.run(super().features, x)
         for index in range(len(self.up)):
@@ -154,38 +150,36 @@ class Checkpointed(models.Net):
         return x
 
 
-def checkpointed(hypernet, reentrant, form="blocks", **options):
+def checkpointed(hypernet, checkpoints, form="blocks", **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Checkpointed(depth=3).double()
     model.form = form
     patched(model, hypernet, **options)
-    model.reentrant = reentrant
+    model.checkpoints = checkpoints
     return model
 
 
-@KINDS
 @pytest.mark.parametrize("options", [{"gamma": 0.0}, {"allocation": "ema", "dropout": 0.3}])
 @pytest.mark.parametrize("form", ["blocks", "plain", "whole", "twice", "shared"])
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_own_blocks(hypernet, form, options, reentrant):
+def test_own_blocks(hypernet, form, options):
     results = []
-    for kind in (None, reentrant):
-        model = checkpointed(hypernet, kind, form, **options)
+    for checkpoints in (False, True):
+        model = checkpointed(hypernet, checkpoints, form, **options)
         torch.manual_seed(3)
         models.loss_of(model(**models.batch(model, seed=5))).backward()
         results.append(after_a_step(model))
     assert_same_step(results[1], results[0])
 
 
-@KINDS
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_two_forwards_before_two_backwards(hypernet, together, reentrant):
+def test_two_forwards_before_two_backwards(hypernet, together):
     """As contrastive and preference losses do."""
     results = []
-    for kind in (None, reentrant):
-        model = checkpointed(hypernet, kind, allocation="ema", dropout=0.3)
+    for checkpoints in (False, True):
+        model = checkpointed(hypernet, checkpoints, allocation="ema", dropout=0.3)
         torch.manual_seed(3)
         losses = [models.loss_of(model(**models.batch(model, seed=s))) for s in (5, 6)]
         if together:
@@ -197,13 +191,12 @@ def test_two_forwards_before_two_backwards(hypernet, together, reentrant):
     assert_same_step(results[1], results[0])
 
 
-@KINDS
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_several_steps_with_pruning_and_accumulation(hypernet, reentrant):
+def test_several_steps_with_pruning_and_accumulation(hypernet):
     """Micro-batches, evaluation in between, masks that change: the same run to the end."""
     runs = []
-    for kind in (None, reentrant):
-        model = checkpointed(hypernet, kind)
+    for checkpoints in (False, True):
+        model = checkpointed(hypernet, checkpoints)
         optimizer = torch.optim.SGD(trainable(model), lr=1e-4)
         losses = []
         for index, inputs in enumerate(batches(model, 10)):
@@ -221,13 +214,12 @@ def test_several_steps_with_pruning_and_accumulation(hypernet, reentrant):
     assert runs[1][1] == runs[0][1]
 
 
-@KINDS
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_compacted(hypernet, reentrant):
+def test_compacted(hypernet):
     """Layers of unequal ranks, one of them empty."""
     results = []
-    for kind in (None, reentrant):
-        model = checkpointed(hypernet, kind, dropout=0.3, interval=100)
+    for checkpoints in (False, True):
+        model = checkpointed(hypernet, checkpoints, dropout=0.3, interval=100)
         with torch.no_grad():
             model.hal.mask[:4] = 0
             model.hal.mask[7] = 0
@@ -238,23 +230,23 @@ def test_compacted(hypernet, reentrant):
     assert_same_step(results[1], results[0])
 
 
-@KINDS
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_failed_backward(hypernet, reentrant):
+def test_failed_backward(hypernet):
     """A backward pass that breaks off half-way leaves nothing for the next one to collect."""
 
     def fail(gradient):
         raise RuntimeError("out of memory")
 
     results = []
-    for kind in (None, reentrant):
-        model = checkpointed(hypernet, kind)
+    for checkpoints in (False, True):
+        model = checkpointed(hypernet, checkpoints)
         first = model.block  # fails in the backward pass of the first block, the last to run
 
         def block(index, x, first=first):
-            if index == 0 and x.requires_grad:
-                x.register_hook(fail)
-            return first(index, x)
+            y = first(index, x)
+            if index == 0 and y.requires_grad:
+                y.register_hook(fail)
+            return y
 
         model.block = block
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -266,14 +258,13 @@ def test_failed_backward(hypernet, reentrant):
     assert_same_step(results[1], results[0])
 
 
-@KINDS
 @pytest.mark.parametrize("earlier_forward", [False, True])
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_submodule_outside_the_models_forward(hypernet, earlier_forward, reentrant):
+def test_submodule_outside_the_models_forward(hypernet, earlier_forward):
     """A checkpointed part of the model called by itself, also after the whole was called."""
     results = []
-    for kind in (None, reentrant):
-        model = checkpointed(hypernet, kind, gamma=0.0)
+    for checkpoints in (False, True):
+        model = checkpointed(hypernet, checkpoints, gamma=0.0)
         if earlier_forward:
             models.loss_of(model(**models.batch(model, seed=8))).backward()
         x = models.batch(model, seed=5)["x"]
@@ -282,38 +273,90 @@ def test_submodule_outside_the_models_forward(hypernet, earlier_forward, reentra
     assert_same_step(results[1], results[0])
 
 
-@KINDS
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_sequential(hypernet, reentrant):
+def test_sequential(hypernet):
     """checkpoint_sequential over a model that is nothing but a Sequential."""
 
     class Chain(nn.Module):
-        kind = None
+        checkpoints = False
 
         def __init__(self):
             super().__init__()
             self.layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
 
         def forward(self, x, labels):
-            x = x.clone().requires_grad_()
-            if self.kind is None:
-                y = self.layers(x)
+            if self.checkpoints:
+                y = checkpoint_sequential(self.layers, 2, x, use_reentrant=False)
             else:
-                y = checkpoint_sequential(self.layers, 2, x, use_reentrant=self.kind)
+                y = self.layers(x)
             return {"loss": y.square().mean()}
 
     results = []
-    for kind in (None, reentrant):
+    for checkpoints in (False, True):
         torch.manual_seed(0)
         model = Chain().double()
         hal_kernels.patch_model(model, 2, hypernet=hypernet, dtype=torch.float64, seed=0)
         optimizer = adam(model)
         x = torch.randn(5, 8, dtype=torch.float64)
         for _ in range(2):
-            model.kind = kind
+            model.checkpoints = checkpoints
             models.loss_of(model(x, None)).backward()
             found = gradients(model)
             optimizer.step()
             optimizer.zero_grad()
         results.append(found)
     assert_close(results[1], results[0], 1e-8)  # after an Adam step, which divides by small numbers
+
+
+# ---- the reentrant kind ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [models.bert, models.gpt2, Checkpointed])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_reentrant_is_refused(hypernet, make):
+    """In the forward pass, also if no input requires gradients; evaluation works."""
+    model = hal_kernels.patch_model(make(), 2, hypernet=hypernet, seed=0)
+    if make is Checkpointed:
+        model.checkpoints = model.reentrant = True
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    inputs = models.batch(model)
+    with pytest.raises(RuntimeError, match="pass use_reentrant=False"):
+        model(**inputs)
+    with torch.no_grad():
+        model(**inputs)
+
+
+@pytest.mark.parametrize("earlier_forward", [False, True])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_reentrant_is_refused_outside_the_models_forward(hypernet, earlier_forward):
+    """There a forward pass without a graph may be an evaluation: its backward pass says."""
+    model = checkpointed(hypernet, True)
+    model.reentrant = True
+    x = models.batch(model)["x"].requires_grad_()
+    if earlier_forward:
+        hal_kernels.penalty(model).backward()
+    loss = model.features(x).mean()
+    with pytest.raises(RuntimeError, match="pass use_reentrant=False"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_checkpoint_of_the_whole_model(hypernet, reentrant):
+    """It generates the factors anew, too, so either kind will do."""
+
+    def loss(model, x, labels):  # the reentrant kind wants tensors, no dict
+        return models.loss_of(model(x, labels))
+
+    results = []
+    for checkpoints in (False, True):
+        model = patched(models.net(dtype=torch.float64), hypernet)
+        x, labels = models.batch(model, seed=5).values()
+        x.requires_grad_()
+        if checkpoints:
+            checkpoint(loss, model, x, labels, use_reentrant=reentrant).backward()
+        else:
+            loss(model, x, labels).backward()
+        results.append(after_a_step(model))
+    assert_same_step(results[1], results[0])

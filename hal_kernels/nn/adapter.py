@@ -25,15 +25,15 @@ from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
 from .processes import all_agree, expect_shared, share_state, world_size
-from .recompute import Gradients, Join, Recomputed, Regenerate, Tie, inside_backward
+from .recompute import Regenerate, inside_backward, refuse_reentrant
 from .state import State
 from .tensors import all_finite, capturing
 
 # State of a pass or a step under way, with its value in between. Never saved, never copied.
 _TRANSIENT = {
     "_live": None, "_depth": 0, "_stray": None, "_recent": None, "_cache": None,
-    "_recomputed": None, "_join_pending": False, "_under_no_grad": False, "_skip": False,
-    "_step_begins": True, "last_penalty": None, "shared": False,
+    "_last_views": None, "_skip": False, "_step_begins": True, "last_penalty": None,
+    "shared": False,
 }  # fmt: skip
 
 _Probed = adder(1.0, copies=True)
@@ -64,10 +64,8 @@ class HyperAdapter(State):
     _depth: int  # nested calls of the model's forward
     _stray: tuple[Any, Generation] | None  # versions and generation: layers called by themselves
     _cache: tuple[Any, Generation] | None  # versions and generation, without a graph
-    _recent: Packed | None  # values generated last in this step, for the state and recomputation
-    _recomputed: Recomputed | None  # in a backward pass of a checkpointed model
-    _join_pending: bool  # a pass of the model has been opened whose backward has not ended
-    _under_no_grad: bool  # this pass's layers ran without a graph (reentrant checkpointing)
+    _recent: Packed | None  # values generated last in this step, for the state
+    _last_views: list[LayerFactors] | None  # the same, for layers run again by checkpointing
     _skip: bool  # the optimizer step under way is being left out
     process_group: Any = None  # of those that train this together; None: the default group, if any
     shared: bool  # every process has the first one's state
@@ -152,7 +150,6 @@ class HyperAdapter(State):
             share_state(self)
             self._begin_accumulation()
         self._live = self._generate_with_graph()
-        self._join_pending = True
 
     def close_forward(self) -> None:
         """Let go of the pass's graph; also after an exception inside the model."""
@@ -163,7 +160,6 @@ class HyperAdapter(State):
             if self._live is not None and self._live.effective.lam.requires_grad:
                 self._step_begins = False
             self._live = None
-            self._under_no_grad = False
 
     def layer_factors(self, index: int) -> LayerFactors | None:
         """(P rows, Λ_eff, Q rows) for one layer's forward; None while disabled."""
@@ -172,16 +168,14 @@ class HyperAdapter(State):
         live = self._live
         if live is not None:
             if not torch.is_grad_enabled() and live.effective.lam.requires_grad:
-                self._under_no_grad = True
+                refuse_reentrant()
             return live.views[index]
         if not torch.is_grad_enabled():
             return self._stray_current().views[index]
-        if inside_backward() and self._join_pending and self._recent is not None:
-            if self._alignment is not None:
-                return self._alignment.again(index)
-            if self._recomputed is None:
-                self._recomputed = Recomputed(self.layout, self._views_again(self._recent))
-            return self._recomputed.factors(index)
+        if inside_backward():
+            refuse_reentrant()
+            if self._last_views is not None:
+                return self._last_views[index]
         return self._stray_generation().views[index]
 
     def present_factors(self, index: int) -> LayerFactors:
@@ -226,17 +220,6 @@ class HyperAdapter(State):
             self.last_penalty = term.detach()
         # Such a loss was multiplied by the number of processes, which average gradients.
         return term / world_size(self.process_group) if counts_once else term
-
-    @property
-    def needs_tie(self) -> bool:
-        """Whether layers of this pass ran without a graph, so that outputs must be tied."""
-        return self._live is not None and self._under_no_grad
-
-    def tie(self, output: torch.Tensor) -> torch.Tensor:
-        """Make `output`'s graph reach the factors where only recomputed layers used them."""
-        if self._live is None or not output.requires_grad:
-            return output
-        return Tie.apply(output, self._live.effective.lam)
 
     def _begin_accumulation(self) -> None:
         """Notice a new accumulation window: gradients were dropped since the last forward.
@@ -288,7 +271,6 @@ class HyperAdapter(State):
         """
         factors = self._generate() if once or self.direct else self.current().factors
         self._recent = factors.detach()
-        self._recomputed = None
         if self.direct:
             effective = factors
         elif once:
@@ -297,15 +279,16 @@ class HyperAdapter(State):
             generate = lambda: self._probed(self._generate()).tensors()  # noqa: E731
             tensors = Regenerate.apply(generate, *self.parameters(), *self._probes)
             effective = factors.like(tensors)
-        if not torch.compiler.is_compiling():
-            effective = effective.like(Join.apply(self._collect, *effective.tensors()))
         generation = self._with_views(factors, effective)
-        if self._alignment is None or capturing(self.mask.device):
-            return generation
-        if not torch.compiler.is_compiling() and factors.lam.any():
-            self._alignment = None  # Λ was set or loaded: these directions are in use
-            return generation
-        return generation._replace(views=self._alignment.views(effective.tensors()))
+        if self._alignment is not None and not capturing(self.mask.device):
+            if not torch.compiler.is_compiling() and factors.lam.any():
+                self._alignment = None  # Λ was set or loaded: these directions are in use
+            else:
+                views = self._alignment.views(effective.tensors())
+                generation = generation._replace(views=views)
+        if not torch.compiler.is_compiling():
+            self._last_views = generation.views
+        return generation
 
     def _probed(self, factors: Packed) -> Packed:
         """Generated factors with Λ masked; their gradients are left in the probes."""
@@ -350,29 +333,10 @@ class HyperAdapter(State):
             self._stray = (versions, self._generate_with_graph(once=False))
         return self._stray[1]
 
-    def _views_again(self, recent: Packed) -> list[LayerFactors]:
-        lam = recent.lam if self.direct else recent.lam * self.mask
-        return self._with_views(recent, recent._replace(lam=lam)).views
-
-    def _collect(self, gradients: Gradients) -> Gradients:
-        """The packed gradients of a backward pass that has come to its end (see `Join`)."""
-        recomputed, self._recomputed = self._recomputed, None
-        self._join_pending = False
-        return gradients if recomputed is None else recomputed.added_to(gradients)
-
     # -- optimizer step --------------------------------------------------------------------------
 
     def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip the step if a gradient is NaN or Inf.
-
-        Raises:
-            RuntimeError: gradients of recomputed layers never reached the factors.
-        """
-        if self._recomputed is not None and self._recomputed.hold_gradients():
-            raise RuntimeError(
-                "gradients of layers that activation checkpointing ran again did not reach the "
-                "adapter: run the backward pass of an output of the patched model itself"
-            )
+        """Skip the step if a gradient is NaN or Inf."""
         expect_shared(self)
         self.skip_if_nonfinite(p for group in optimizer.param_groups for p in group["params"])
 
@@ -418,7 +382,7 @@ class HyperAdapter(State):
 
     def forget(self) -> None:
         """Drop what belongs to a pass: the next forward begins a new step."""
-        self._stray = self._recent = self._cache = self._recomputed = None
+        self._stray = self._recent = self._cache = self._last_views = None
         self._step_begins = True
 
     def watched(self) -> Packed:

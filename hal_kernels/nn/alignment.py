@@ -119,11 +119,6 @@ class Alignment:
         zero = nothing(effective)
         return [(p, one + zero, q) for (p, q), one in zip(self.pairs, self.ones, strict=True)]
 
-    def again(self, index: int) -> LayerFactors:
-        """One layer's factors for a layer that activation checkpointing runs again."""
-        p, q = self.pairs[index]
-        return p, self.ones[index], q
-
     @torch.no_grad()
     def directions(self) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
         """Every layer's P ``[r, d_in]`` and Q ``[r, d_out]``; None where no gradient arrived.
