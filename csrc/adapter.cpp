@@ -114,6 +114,15 @@ std::unique_ptr<A[]> scaled(const Tensor& lam, double scaling) {
   return out;
 }
 
+// What weighs the directions in dP and dQ: s·Λ, or c of the tangent gradients.
+template <class A>
+std::unique_ptr<A[]> gradient_weights(const Tensor& lam, const Options& options) {
+  if (options.tangent == 0.0) return scaled<A>(lam, options.scaling);
+  auto out = scratch<A>(lam.numel());
+  std::fill_n(out.get(), lam.numel(), static_cast<A>(options.tangent));
+  return out;
+}
+
 // c[i, k] = h[i, k]·l[k], the rows of h at distance sh
 template <class A>
 void times(const A* h, int64_t sh, const A* l, A* c, int64_t n, int64_t r) {
@@ -186,30 +195,37 @@ void wide_backward(const Rows& x, const Layer& layer, const Options& options, si
   const ScalarType dtype = x.tensor.scalar_type();
   const Tensor u = empty({x.count, r}, dtype), c = empty({x.count, r}, dtype);
   multiply(u, dy, transposed(q.tensor()));
-  const auto l = scaled<A>(layer.factors.lam, options.scaling);
-  const int64_t count = parts(x.count, 3 * r);
-  const auto dlam = scratch<A>(count * r);
-  const A* const hs = h + first;
   A *const us = mutable_data<A>(u), *const cs = mutable_data<A>(c);
-  for_parts(x.count, count, [&](int64_t part, int64_t begin, int64_t end) {
-    const int64_t n = end - begin;
-    std::fill_n(dlam.get() + part * r, r, A(0));
-    add_products(hs + begin * sh, sh, us + begin * r, dlam.get() + part * r, n, r);
-    times(hs + begin * sh, sh, l.get(), cs + begin * r, n, r);
-    times(us + begin * r, r, l.get(), us + begin * r, n, r);
-  });
+  const auto weighted = [&](const A* from, int64_t stride, const A* weights, A* to) {
+    for_parts(x.count, parts(x.count, r), [&](int64_t, int64_t begin, int64_t end) {
+      times(from + begin * stride, stride, weights, to + begin * r, end - begin, r);
+    });
+  };
+  if (gradients != nullptr && options.tangent == 0.0) {
+    const int64_t count = parts(x.count, r);
+    const auto dlam = scratch<A>(count * r);
+    for_parts(x.count, count, [&](int64_t part, int64_t begin, int64_t end) {
+      std::fill_n(dlam.get() + part * r, r, A(0));
+      add_products(h + first + begin * sh, sh, us + begin * r, dlam.get() + part * r, end - begin,
+                   r);
+    });
+    add_parts(dlam.get(), count, r);
+    assign_dlam(gradients->dlam, first, dlam.get(), r, options.scaling);
+  }
   if (dx != nullptr) {
+    weighted(us, r, scaled<A>(layer.factors.lam, options.scaling).get(), cs);
     const Tensor out = view2d(*dx, x.count, d_in, d_in);
     if (add)
-      multiply_add(out, out, u, p.tensor());
+      multiply_add(out, out, c, p.tensor());
     else
-      multiply(out, u, p.tensor());
+      multiply(out, c, p.tensor());
   }
   if (gradients == nullptr) return;
-  product_into<A>(gradients->dq[index], 0, transposed(c), dy);
+  const auto weights = gradient_weights<A>(layer.factors.lam, options);
+  weighted(us, r, weights.get(), us);
   product_into<A>(gradients->dp, first * d_in, transposed(u), x.matrix());
-  add_parts(dlam.get(), count, r);
-  assign_dlam(gradients->dlam, first, dlam.get(), r, options.scaling);
+  weighted(h + first, sh, weights.get(), cs);
+  product_into<A>(gradients->dq[index], 0, transposed(c), dy);
 }
 
 // ---- all others: one pass over the rows, for all layers together ----
@@ -221,6 +237,7 @@ struct Fused {
   int64_t first, rank, d_out;  // its columns of h begin at `first`
   Values<A> p, q;
   std::unique_ptr<A[]> l;  // s·Λ
+  std::unique_ptr<A[]> g;  // what weighs the directions in dP and dQ: s·Λ again, or c
 };
 
 // f(layer, its index, where its columns of h begin)
@@ -241,7 +258,7 @@ std::vector<Fused<A>> fused_layers(const Rows& x, const std::vector<Layer>& laye
     const auto& [p, lam, q] = layer.factors;
     if (!is_wide(x, layer.factors, options))
       fused.push_back({layer, index, first, p.size(0), q.size(1), Values<A>(p), Values<A>(q),
-                       scaled<A>(lam, options.scaling)});
+                       scaled<A>(lam, options.scaling), gradient_weights<A>(lam, options)});
   });
   return fused;
 }
@@ -330,17 +347,18 @@ void fused_backward(const Rows& x, const std::vector<Fused<A>>& fused, const Opt
         kernel.shrink(dy, dy_stride, own.q.get(), u.get(), r, n, r, d_out);
         if (gradients != nullptr) {
           const A* const hs = h + i * sh + own.first;
-          add_products(hs, sh, u.get(), dlam, n, r);
-          times(hs, sh, own.l.get(), c.get(), n, r);
+          if (options.tangent == 0.0) add_products(hs, sh, u.get(), dlam, n, r);
+          times(hs, sh, own.g.get(), c.get(), n, r);
           kernel.outer(c.get(), dy, dy_stride, dq, n, r, d_out);
         }
-        times(u.get(), r, own.l.get(), u.get(), n, r);
         if (dx_rows != nullptr) {
-          kernel.expand(u.get(), own.p.get(), dx_base, d_in, dx_rows, d_in, n, r, d_in);
+          times(u.get(), r, own.l.get(), c.get(), n, r);
+          kernel.expand(c.get(), own.p.get(), dx_base, d_in, dx_rows, d_in, n, r, d_in);
           dx_base = dx_rows;
         }
         if (gradients != nullptr) {
           const auto [rows, stride] = inputs.read(i, n);
+          times(u.get(), r, own.g.get(), u.get(), n, r);
           kernel.outer(u.get(), rows, stride, dp, n, r, d_in);
         }
       }
@@ -359,17 +377,18 @@ void fused_backward(const Rows& x, const std::vector<Fused<A>>& fused, const Opt
     A *const dp = sums.get() + at[e], *const dq = dp + r * d_in, *const dlam = dq + r * own.d_out;
     assign(gradients->dp, dp, r * d_in, own.first * d_in);
     assign(gradients->dq[own.index], dq, r * own.d_out);
-    assign_dlam(gradients->dlam, own.first, dlam, r, options.scaling);
+    if (options.tangent == 0.0)
+      assign_dlam(gradients->dlam, own.first, dlam, r, options.scaling);
   }
 }
 
 FactorGradients empty_gradients(const std::vector<Layer>& layers, int64_t rank, int64_t d_in,
-                                bool wanted) {
+                                const Options& options, bool wanted) {
   const auto made = [&](const Tensor& like, std::initializer_list<int64_t> sizes) {
     return wanted ? empty(sizes, like.scalar_type()) : empty({0}, like.scalar_type());
   };
   const Factors& leading = layers.at(0).factors;
-  FactorGradients gradients = {made(leading.p, {rank, d_in}), made(leading.lam, {rank}), {}};
+  FactorGradients gradients = {made(leading.p, {rank, d_in}), made(leading.lam, {options.tangent == 0.0 ? rank : 0}), {}};
   for (const Layer& layer : layers) {
     const Tensor& q = layer.factors.q;
     gradients.dq.push_back(made(q, {q.size(0), q.size(1)}));
@@ -397,7 +416,7 @@ FactorGradients adapter_backward(const Rows& x, const std::vector<Layer>& layers
                                  const Options& options, const Tensor& h_tensor, const Tensor* dx,
                                  bool needs_factors) {
   const int64_t sh = h_tensor.size(1);
-  const FactorGradients gradients = empty_gradients(layers, sh, x.width, needs_factors);
+  const FactorGradients gradients = empty_gradients(layers, sh, x.width, options, needs_factors);
   const FactorGradients* const wanted = needs_factors ? &gradients : nullptr;
   const bool complete = std::all_of(layers.begin(), layers.end(),
                                     [](const Layer& layer) { return layer.rows.has_value(); });

@@ -40,12 +40,16 @@ inline void check_h(const Tensor& h, const Rows& x, const std::vector<Layer>& la
 
 struct Options {
   double scaling;
+  double tangent;  // c of the tangent gradients of P and Q; 0 for their own
   double dropout = 0.0;
   const Tensor* seed = nullptr;  // of the dropout mask; null for none
 
-  Options(double scaling) : scaling(scaling) {}
-  Options(double scaling, double dropout, const std::optional<Tensor>& seed)
-      : scaling(scaling), dropout(dropout), seed(seed && dropout > 0.0 ? &*seed : nullptr) {
+  Options(double scaling, double tangent) : scaling(scaling), tangent(tangent) {}
+  Options(double scaling, double tangent, double dropout, const std::optional<Tensor>& seed)
+      : scaling(scaling),
+        tangent(tangent),
+        dropout(dropout),
+        seed(seed && dropout > 0.0 ? &*seed : nullptr) {
     if (seed && (seed->scalar_type() != ScalarType::Long || seed->numel() != 1))
       throw std::runtime_error("hal: the seed is not one int64");
   }
@@ -63,6 +67,7 @@ struct FactorGradients {
 
 // With u_i = dy_i·Q_iᵀ, in one pass over the rows of all dy and x:
 //   dx = s·Σ(u_i⊙Λ_i)P_iᵀ   dP_i = s·xᵀ(u_i⊙Λ_i)   dΛ_i = s·Σ h_i⊙u_i   dQ_i = s·(h_i⊙Λ_i)ᵀdy_i
+// With c = `tangent` other than 0, dP_i = c·xᵀu_i and dQ_i = c·h_iᵀdy_i, and dΛ is empty.
 // dx may be null. The others are empty without `needs_factors`.
 FactorGradients adapter_backward(const Rows& x, const std::vector<Layer>& layers,
                                  const Options& options, const Tensor& h, const Tensor* dx,

@@ -83,40 +83,41 @@ std::vector<Layer> layers_of(const std::vector<Tensor>& weight, const std::vecto
 std::tuple<Tensor, Tensor> svd_linear(const Tensor& x, const Tensor& weight,
                                       const std::optional<Tensor>& bias, const Tensor& p,
                                       const Tensor& lam, const Tensor& q, double scaling,
-                                      double dropout, const std::optional<Tensor>& seed) {
+                                      double dropout, const std::optional<Tensor>& seed,
+                                      double tangent) {
   Layer layer = {{p, lam, q}, std::nullopt};
   if (bias) layer.rows.emplace(*bias);
-  const auto [y, h] = forward(x, {weight}, {layer}, {scaling, dropout, seed});
+  const auto [y, h] = forward(x, {weight}, {layer}, {scaling, tangent, dropout, seed});
   return {y[0], h};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> svd_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& weight, const Tensor& p,
     const Tensor& lam, const Tensor& q, double scaling, double dropout,
-    const std::optional<Tensor>& seed, bool needs_dx, bool needs_factors) {
+    const std::optional<Tensor>& seed, double tangent, bool needs_dx, bool needs_factors) {
   const Layer layer = {{p, lam, q}, Rows(dy)};
   const auto [dx, gradients] =
-      backward(x, {weight}, {layer}, {scaling, dropout, seed}, h, needs_dx, needs_factors);
+      backward(x, {weight}, {layer}, {scaling, tangent, dropout, seed}, h, needs_dx, needs_factors);
   return {dx, gradients.dp, gradients.dlam, gradients.dq[0]};
 }
 
 std::tuple<std::vector<Tensor>, Tensor> svd_linear_group(
     const Tensor& x, std::vector<Tensor> weight, std::vector<Tensor> bias, std::vector<Tensor> p,
-    std::vector<Tensor> lam, std::vector<Tensor> q, double scaling) {
+    std::vector<Tensor> lam, std::vector<Tensor> q, double scaling, double tangent) {
   auto layers = layers_of(weight, p, lam, q, bias.size());
   for (size_t i = 0; i < layers.size(); ++i)
     if (bias[i].numel() > 0) layers[i].rows.emplace(bias[i]);  // an empty one stands for none
-  return forward(x, weight, layers, scaling);
+  return forward(x, weight, layers, {scaling, tangent});
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> svd_linear_group_backward(
     std::vector<std::optional<Tensor>> dy, const Tensor& x, const Tensor& h,
     std::vector<Tensor> weight, std::vector<Tensor> p, std::vector<Tensor> lam,
-    std::vector<Tensor> q, double scaling, bool needs_dx, bool needs_factors) {
+    std::vector<Tensor> q, double scaling, double tangent, bool needs_dx, bool needs_factors) {
   auto layers = layers_of(weight, p, lam, q, dy.size());
   for (size_t i = 0; i < layers.size(); ++i)
     if (dy[i]) layers[i].rows.emplace(*dy[i]);
-  const auto [dx, gradients] = backward(x, weight, layers, scaling, h, needs_dx, needs_factors);
+  const auto [dx, gradients] = backward(x, weight, layers, {scaling, tangent}, h, needs_dx, needs_factors);
   return {dx, gradients.dp, gradients.dlam, gradients.dq};
 }
 

@@ -107,7 +107,7 @@ def measured_rates(
     p, lam, q = (torch.randn(*shape, device=device) for shape in ((r, d), (r,), (r, d)))
 
     def linear(rows: torch.Tensor, path: str) -> float:
-        return bench(lambda: forward(rows, weight, None, p, lam, q, 0.5, 0.0, None, path=path))
+        return bench(lambda: forward(rows, weight, None, p, lam, q, 0.5, 0.0, None, 0.0, path=path))
 
     with using(gpu):
         rates["prepare"] = linear(x, "prepare") <= linear(x, "add")

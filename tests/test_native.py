@@ -68,10 +68,10 @@ def group(rows, d_in, d_out, ranks, dtype=torch.float32, factors=None):
     return (parts[0][1], weight, bias, *([part[i] for part in parts] for i in (2, 3, 4)))
 
 
-def group_results(x, weight, bias, p, lam, q, dy, run=lambda op, *a: op(*a)):
+def group_results(x, weight, bias, p, lam, q, dy, tangent=0.0, run=lambda op, *a: op(*a)):
     """Outputs and gradients of a group, by `run(operator, *arguments)`."""
-    y, h = run(HAL.svd_linear_group, x, weight, bias, p, lam, q, 0.5)
-    arguments = (dy, x, h, weight, p, lam, q, 0.5, True, True)
+    y, h = run(HAL.svd_linear_group, x, weight, bias, p, lam, q, 0.5, tangent)
+    arguments = (dy, x, h, weight, p, lam, q, 0.5, tangent, True, True)
     return named((*y, h, *run(HAL.svd_linear_group_backward, *arguments)))
 
 
@@ -89,7 +89,7 @@ def test_the_native_kernel_runs():
     """The default would be seen to call torch."""
     y, x, *factors = adapter(4, 8, 6, 2)
     with torch.profiler.profile() as profile:
-        HAL.svd_adapter_add(y, x, *factors, 1.0, 0.0, None)
+        HAL.svd_adapter_add(y, x, *factors, 1.0, 0.0, None, 0.0)
     called = {event.key for event in profile.key_averages()}
     assert "hal::svd_adapter_add" in called
     assert not {"aten::mm", "aten::addmm_", "aten::matmul"} & called
@@ -110,14 +110,23 @@ SHAPES = [
 def test_adapter_of_any_shape(dtype, rows, d_in, d_out, rank):
     y, x, *factors = adapter(rows, d_in, d_out, rank, dtype)
     exact = [t.double() for t in (y, x, *factors)]
-    out, h = HAL.svd_adapter_add(y, x, *factors, 0.5, 0.0, None)
-    ref, h_ref = default(HAL.svd_adapter_add, *exact, 0.5, 0.0, None)
+    out, h = HAL.svd_adapter_add(y, x, *factors, 0.5, 0.0, None, 0.0)
+    ref, h_ref = default(HAL.svd_adapter_add, *exact, 0.5, 0.0, None, 0.0)
     assert_same({"out": out, "h": h}, {"out": ref, "h": h_ref}, EXACT[dtype])
-    arguments = (*factors, 0.5, 0.0, None, True, True)
+    arguments = (*factors, 0.5, 0.0, None, 0.0, True, True)
     exact_factors = [t.double() for t in factors]
     gradients = HAL.svd_adapter_add_backward(y, x, h, *arguments)
     expected = default(
-        HAL.svd_adapter_add_backward, *exact[:2], h_ref, *exact_factors, 0.5, 0.0, None, True, True
+        HAL.svd_adapter_add_backward,
+        *exact[:2],
+        h_ref,
+        *exact_factors,
+        0.5,
+        0.0,
+        None,
+        0.0,
+        True,
+        True,
     )
     # dΛ is a product of two such sums.
     assert_same(named(gradients), named(expected), 2 * EXACT[dtype])
@@ -128,12 +137,12 @@ def test_adapter_of_any_shape(dtype, rows, d_in, d_out, rank):
 def test_linear_agrees_with_the_default(dtype, rank):
     _, x, p, lam, q = adapter(50, 72, 40, rank, dtype, torch.float32)
     weight, bias = values(40, 72).to(dtype) / 8, values(40, dtype=dtype)
-    arguments = (x, weight, bias, p, lam, q, 0.5, 0.0, None)
+    arguments = (x, weight, bias, p, lam, q, 0.5, 0.0, None, 0.0)
     out, ref = HAL.svd_linear(*arguments), default(HAL.svd_linear, *arguments)
     bound = EXACT[torch.float32] if dtype.itemsize > 2 else 2 * torch.finfo(dtype).eps
     assert_same(named(out), named(ref), bound)
     dy = values(50, 40, dtype=dtype)
-    arguments = (dy, x, out[1], weight, p, lam, q, 0.5, 0.0, None, True, True)
+    arguments = (dy, x, out[1], weight, p, lam, q, 0.5, 0.0, None, 0.0, True, True)
     gradients = HAL.svd_linear_backward(*arguments)
     assert_same(named(gradients), named(default(HAL.svd_linear_backward, *arguments)), bound)
 
@@ -146,7 +155,25 @@ def test_group_agrees_with_the_default(dtype, ranks, used):
     inputs = group(19, 72, (40, 17, 64), ranks, dtype, torch.float32)
     dy = [values(19, d, dtype=dtype) if i in used else None for i, d in enumerate((40, 17, 64))]
     bound = EXACT[torch.float32] if dtype.itemsize > 2 else 4 * torch.finfo(dtype).eps
-    assert_same(group_results(*inputs, dy), group_results(*inputs, dy, run=default), bound)
+    for tangent in (0.0, 0.25):
+        ref = group_results(*inputs, dy, tangent, run=default)
+        assert_same(group_results(*inputs, dy, tangent), ref, bound)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 24, 25, 70])
+@pytest.mark.parametrize("rows, d_in, d_out", [(0, 5, 7), (17, 31, 33), (5, 768, 300)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tangent_gradients_agree_with_the_default(dtype, rows, d_in, d_out, rank):
+    """Λ = 0 does not show in them; nor does a small c where rows have 16 bits."""
+    y, x, p, lam, q = adapter(rows, d_in, d_out, rank, dtype, torch.float32)
+    exact = [t.double() for t in (y, x, p, lam * 0, q)]
+    _, h = HAL.svd_adapter_add(y, x, p, lam * 0, q, 0.5, 0.0, None, 2.0**-30)
+    rest = (0.5, 0.0, None, 2.0**-30, True, True)
+    _, dp, dlam, dq = HAL.svd_adapter_add_backward(y, x, h, p, lam * 0, q, *rest)
+    _, *ref = default(HAL.svd_adapter_add_backward, *exact[:2], h.double(), *exact[2:], *rest)
+    assert dlam.numel() == 0
+    bound = EXACT[torch.float32] if dtype.itemsize > 2 else 2 * torch.finfo(dtype).eps
+    assert_same(named([dp, dq]), named([ref[0], ref[2]]), bound)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -164,8 +191,8 @@ def test_what_is_not_finite_spreads_as_by_default(dtype, rank, where, bad):
     y, x, *factors = inputs.values()
     runs = []
     for run in (lambda op, *a: op(*a), default):
-        out, h = run(HAL.svd_adapter_add, y, x, *factors, 0.5, 0.0, None)
-        arguments = (y, x, h, *factors, 0.5, 0.0, None, True, True)
+        out, h = run(HAL.svd_adapter_add, y, x, *factors, 0.5, 0.0, None, 0.0)
+        arguments = (y, x, h, *factors, 0.5, 0.0, None, 0.0, True, True)
         runs.append((out, h, *run(HAL.svd_adapter_add_backward, *arguments)))
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one.isnan(), other.isnan())
@@ -175,7 +202,7 @@ def test_what_is_not_finite_spreads_as_by_default(dtype, rank, where, bad):
 def test_dropout_does_not_hide_what_is_not_finite():
     eye, one = torch.eye(40), torch.ones(40)
     x = torch.full((3, 40), float("inf"))
-    out, _ = HAL.svd_adapter_add(x * 0 + 0.0, x, eye, one, eye, 1.0, 0.5, torch.tensor(1))
+    out, _ = HAL.svd_adapter_add(x * 0 + 0.0, x, eye, one, eye, 1.0, 0.5, torch.tensor(1), 0.0)
     assert out.isnan().all()
 
 
@@ -184,7 +211,7 @@ def test_every_16_bit_number_survives(dtype):
     """Widened and narrowed again (rank 0 adds nothing), NaN as NaN."""
     y = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)
     empty = torch.empty(0, 256)
-    out, _ = HAL.svd_adapter_add(y, y, empty, torch.empty(0), empty, 1.0, 0.0, None)
+    out, _ = HAL.svd_adapter_add(y, y, empty, torch.empty(0), empty, 1.0, 0.0, None, 0.0)
     assert torch.equal(out.isnan(), y.isnan())
     kept = ~y.isnan()
     assert torch.equal(out.view(torch.int16)[kept], y.view(torch.int16)[kept])
@@ -202,7 +229,7 @@ def test_rounding_to_16_bits_is_torch_s(dtype):
     # out = 0 + 1·1·q, rounded once
     arguments = (torch.zeros(1, 1), one, torch.ones(1, 1), torch.ones(1), numbers)
     base = arguments[0].to(dtype).expand(1, numbers.shape[1])
-    out, _ = HAL.svd_adapter_add(base, *arguments[1:], 1.0, 0.0, None)
+    out, _ = HAL.svd_adapter_add(base, *arguments[1:], 1.0, 0.0, None, 0.0)
     expected = numbers.to(dtype)
     nan = expected.isnan()
     assert torch.equal(out.isnan(), nan)
@@ -214,10 +241,10 @@ def test_dropout_mask_is_the_same_in_every_layout_and_block():
     """x = 1 and P = Q = identity show the mask; single rows of it are those of the whole."""
     eye, one = torch.eye(150), torch.ones(150)
     x, seed = torch.ones(70, 150), torch.tensor(9)
-    whole, _ = HAL.svd_adapter_add(x * 0, x, eye, one, eye, 1.0, 0.4, seed)
-    part, _ = HAL.svd_adapter_add(x[:21] * 0, x[:21], eye, one, eye, 1.0, 0.4, seed)
+    whole, _ = HAL.svd_adapter_add(x * 0, x, eye, one, eye, 1.0, 0.4, seed, 0.0)
+    part, _ = HAL.svd_adapter_add(x[:21] * 0, x[:21], eye, one, eye, 1.0, 0.4, seed, 0.0)
     strided = x.t().contiguous().t()
-    other, _ = HAL.svd_adapter_add(x * 0, strided, eye, one, eye, 1.0, 0.4, seed)
+    other, _ = HAL.svd_adapter_add(x * 0, strided, eye, one, eye, 1.0, 0.4, seed, 0.0)
     assert torch.equal(part, whole[:21])
     assert torch.equal(other, whole)
     assert set(whole.unique().tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
@@ -256,9 +283,13 @@ def test_importance_of_any_dtypes(state, factors):
 def adapter_run():
     # Enough work that it is split over four threads.
     arguments = adapter(515, 260, 190, 5)
-    out, h = HAL.svd_adapter_add(*arguments, 0.5, 0.0, None)
+    out, h = HAL.svd_adapter_add(*arguments, 0.5, 0.0, None, 0.0)
     y, *rest = arguments
-    return (out, h, *HAL.svd_adapter_add_backward(y, rest[0], h, *rest[1:], 0.5, 0.0, None, 1, 1))
+    return (
+        out,
+        h,
+        *HAL.svd_adapter_add_backward(y, rest[0], h, *rest[1:], 0.5, 0.0, None, 0.0, 1, 1),
+    )
 
 
 def wide_run():
@@ -335,7 +366,7 @@ print(t.mask_digest())
 def mask_digest():
     """A number that stands for one dropout mask of 100 × 100."""
     eye = torch.eye(100)
-    arguments = (torch.ones(100, 100), eye, torch.ones(100), eye, 1.0, 0.5, torch.tensor(5))
+    arguments = (torch.ones(100, 100), eye, torch.ones(100), eye, 1.0, 0.5, torch.tensor(5), 0.0)
     mask, _ = HAL.svd_adapter_add(torch.zeros(100, 100), *arguments)
     return int((mask.bool().flatten() * torch.arange(10_000) ** 2).sum())
 
@@ -361,29 +392,31 @@ GOOD = adapter(3, 4, 5, 2)
 @pytest.mark.parametrize(
     "call",
     [
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p[:, 1:], lam, q, 1.0, 0.0, None),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p, lam[1:], q, 1.0, 0.0, None),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p, lam, q[1:], 1.0, 0.0, None),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x[1:], p, lam, q, 1.0, 0.0, None),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y.long(), x.long(), p, lam, q, 1.0, 0.0, None),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x.double(), p, lam, q, 1.0, 0.0, None),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p, lam, q, 1.0, 0.5, torch.ones(1)),
-        lambda y, x, p, lam, q: HAL.svd_linear(x, q, None, p, lam, q, 1.0, 0.0, None),
+        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p[:, 1:], lam, q, 1.0, 0.0, None, 0.0),
+        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p, lam[1:], q, 1.0, 0.0, None, 0.0),
+        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p, lam, q[1:], 1.0, 0.0, None, 0.0),
+        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x[1:], p, lam, q, 1.0, 0.0, None, 0.0),
+        lambda y, x, p, lam, q: HAL.svd_adapter_add(
+            y.long(), x.long(), p, lam, q, 1.0, 0.0, None, 0.0
+        ),
+        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x.double(), p, lam, q, 1.0, 0.0, None, 0.0),
+        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p, lam, q, 1.0, 0.5, torch.ones(1), 0.0),
+        lambda y, x, p, lam, q: HAL.svd_linear(x, q, None, p, lam, q, 1.0, 0.0, None, 0.0),
         lambda y, x, p, lam, q: HAL.svd_linear(
-            x, torch.ones(5, 4), torch.ones(4), p, lam, q, 1.0, 0.0, None
+            x, torch.ones(5, 4), torch.ones(4), p, lam, q, 1.0, 0.0, None, 0.0
         ),
         lambda y, x, p, lam, q: HAL.svd_linear_backward(
-            y, x, torch.ones(2, 2), torch.ones(5, 4), p, lam, q, 1.0, 0.0, None, True, True
+            y, x, torch.ones(2, 2), torch.ones(5, 4), p, lam, q, 1.0, 0.0, None, 0.0, True, True
         ),
         lambda y, x, p, lam, q: HAL.svd_linear_backward(
-            y[1:], x, torch.ones(3, 2), torch.ones(5, 4), p, lam, q, 1.0, 0.0, None, True, True
+            y[1:], x, torch.ones(3, 2), torch.ones(5, 4), p, lam, q, 1.0, 0.0, None, 0.0, True, True
         ),
-        lambda y, x, p, lam, q: HAL.svd_linear_group(x, [], [], [], [], [], 1.0),
+        lambda y, x, p, lam, q: HAL.svd_linear_group(x, [], [], [], [], [], 1.0, 0.0),
         lambda y, x, p, lam, q: HAL.svd_linear_group(
-            x, [torch.ones(5, 4)] * 2, [y[0]] * 2, [p] * 2, [lam] * 2, [q], 1.0
+            x, [torch.ones(5, 4)] * 2, [y[0]] * 2, [p] * 2, [lam] * 2, [q], 1.0, 0.0
         ),
         lambda y, x, p, lam, q: HAL.svd_linear_group(
-            x, [torch.ones(5, 4)] * 2, [y[0]] * 2, [p, p.double()], [lam] * 2, [q] * 2, 1.0
+            x, [torch.ones(5, 4)] * 2, [y[0]] * 2, [p, p.double()], [lam] * 2, [q] * 2, 1.0, 0.0
         ),
         lambda y, x, p, lam, q: HAL.svd_linear_group_backward(
             [y, None],
@@ -394,10 +427,11 @@ GOOD = adapter(3, 4, 5, 2)
             [lam] * 2,
             [q] * 2,
             1.0,
+            0.0,
             True,
             True,
         ),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, y[0, 0], p, lam, q, 1.0, 0.0, None),
+        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, y[0, 0], p, lam, q, 1.0, 0.0, None, 0.0),
         lambda *_: HAL.orthogonality_penalty(
             [torch.ones(4, 3)], [torch.tensor([0, 5])], [5], True, 1.0
         ),

@@ -12,6 +12,8 @@ no atomics: where the columns of a block of rows are shared out, each program wr
 u ``[parts, T, r]`` that its reader sums; where rows are, a partial dP or dQ ``[splits, r, d]`` that
 `reduce` sums. Parts and splits are bounded, and so are the buffers. Λ is the effective one, Λ⊙mask.
 
+With c = `tangent` other than 0, dQ = c·hᵀdy, dP = c·xᵀu, and there is no dΛ.
+
 P is ``[r, d_in]``, one direction a row. R is r padded to a power of two. Products take operands in
 x's dtype, as the default backend does, and accumulate in float32.
 """
@@ -33,10 +35,10 @@ from .svd_blocks import (
     FREE,
     expand_block,
     gradient_block,
+    gradient_weights,
     rank_dot,
     rank_rows,
     rank_zeros,
-    scaled_lam,
     shrink_block,
     store_rank_rows,
 )
@@ -79,7 +81,7 @@ def expand_kernel(
 @triton.jit(**FREE)
 def gradients_dy_kernel(
     dy, q, h, lam, u, dq,
-    scaling, T, r, d, chunk, blocks, stride_dy, stride_q, stride_ht, stride_ut, stride_uc,
+    scaling, tangent, T, r, d, chunk, blocks, stride_dy, stride_q, stride_ht, stride_ut, stride_uc,
     BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u[c] = dy[:, columns of c] · Q[columns of c]ᵀ;  dQ[i] = s·(h ⊙ Λ)ᵀ dy, rows of split i only.
@@ -90,7 +92,7 @@ def gradients_dy_kernel(
     i_s, i_c = tl.program_id(0), tl.program_id(1)
     o_r = tl.arange(0, R)
     m_r = o_r < r
-    b_lam = scaled_lam(lam, scaling, r, o_r)
+    b_lam, after = gradient_weights(lam, scaling, tangent, r, o_r)
     p_q = q + o_r.to(tl.int64)[:, None] * stride_q
     p_dq = dq + (i_s.to(tl.int64) * r + o_r[:, None]) * d
     first = i_c * chunk
@@ -108,7 +110,7 @@ def gradients_dy_kernel(
             b_dy = tl.load(p_dy + o_n[None, :], mask=(o_t < T)[:, None] & m_n[None, :], other=0.0)
             b_q = tl.load(p_q + o_n[None, :], mask=m_q, other=0.0)  # [R, BN]
             b_u = rank_dot(b_dy, b_q, b_u, PRECISION)
-            b_dq = tl.dot(b_hl, b_dy, input_precision=PRECISION)  # [R, BN]
+            b_dq = tl.dot(b_hl, b_dy, input_precision=PRECISION) * after  # [R, BN]
             # What this very program stored for its earlier blocks of rows.
             b_dq += tl.load(p_dq + o_n[None, :], mask=m_q & (i > 0), other=0.0).to(tl.float32)
             tl.store(p_dq + o_n[None, :], b_dq.to(dq.dtype.element_ty), mask=m_q)
@@ -119,7 +121,7 @@ def gradients_dy_kernel(
 @triton.jit(**FREE)
 def gradients_dy_apart_kernel(
     dy, q, h, lam, u, dq,
-    scaling, T, r, d, chunk, programs_u, parts, splits, blocks, stride_dy, stride_q,
+    scaling, tangent, T, r, d, chunk, programs_u, parts, splits, blocks, stride_dy, stride_q,
     stride_ht, stride_ut, stride_uc,
     BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +140,7 @@ def gradients_dy_apart_kernel(
         i -= programs_u
         gradient_block(
             dy, h, None, lam, dq, None, None,
-            scaling, 1.0, T, r, d, None, blocks, 0, stride_dy, stride_ht, 0, 0,
+            scaling, 1.0, tangent, T, r, d, None, blocks, 0, stride_dy, stride_ht, 0, 0,
             i % splits, i // splits,
             BT, BN, R, PRECISION,
         )  # fmt: skip
@@ -147,8 +149,8 @@ def gradients_dy_apart_kernel(
 @triton.jit(**FREE)
 def gradients_x_kernel(
     x, p, h, lam, u, dp, dlam, base, dx, p_seed,
-    scaling, scale, T, r, d, programs_dp, parts, splits, blocks, threshold, stride_x, stride_p,
-    stride_ht, stride_ut, stride_uc,
+    scaling, scale, tangent, T, r, d, programs_dp, parts, splits, blocks, threshold, stride_x,
+    stride_p, stride_ht, stride_ut, stride_uc,
     BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With u = Σ_c u[c], over the rows of split i:
@@ -161,7 +163,7 @@ def gradients_x_kernel(
     if i < programs_dp:
         gradient_block(
             x, u, h, lam, dp, dlam, p_seed,
-            scaling, scale, T, r, d, parts, blocks, threshold, stride_x,
+            scaling, scale, tangent, T, r, d, parts, blocks, threshold, stride_x,
             stride_ut, stride_uc, stride_ht, i % splits, i // splits,
             BT, BK, R, PRECISION,
         )  # fmt: skip
@@ -305,6 +307,7 @@ def gradients_dy(
     lam: torch.Tensor,
     q: torch.Tensor,
     scaling: float,
+    tangent: float = 0.0,
 ) -> torch.Tensor:
     """Writes partial sums ``[parts, T, r]`` of dy·Qᵀ to `u`; returns dQ. One launch.
 
@@ -325,12 +328,12 @@ def gradients_dy(
         if apart:
             programs = blocks * parts
             gradients_dy_apart_kernel[(programs + splits * tiles,)](
-                dy, q, h, lam, u, dq, scaling, T, r, d, chunk, programs, parts, splits, each,
-                *strides, **sizes, **tile.options,
+                dy, q, h, lam, u, dq, scaling, tangent, T, r, d, chunk, programs, parts, splits,
+                each, *strides, **sizes, **tile.options,
             )  # fmt: skip
         else:
             gradients_dy_kernel[(splits, parts)](
-                dy, q, h, lam, u, dq, scaling, T, r, d, chunk, each,
+                dy, q, h, lam, u, dq, scaling, tangent, T, r, d, chunk, each,
                 *strides, **sizes, **tile.options,
             )  # fmt: skip
     return dq
@@ -344,6 +347,7 @@ def gradients_x(
     lam: torch.Tensor,
     scaling: float,
     *,
+    tangent: float = 0.0,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
     dx: torch.Tensor | None = None,
@@ -352,8 +356,8 @@ def gradients_x(
     """dP and dΛ; the adapter's dx is written to `dx`, or with `add` added to it. One launch.
 
     dP is ``[r, d]`` in P's dtype and dΛ ``[r]`` in its own, or both are partial sums
-    ``[splits, ...]``, which `reduce` takes. h ``[T, r]`` and u ``[parts, T, r]`` may be columns of
-    wider ones.
+    ``[splits, ...]``, which `reduce` takes. With `tangent` dΛ is empty. h ``[T, r]`` and u
+    ``[parts, T, r]`` may be columns of wider ones.
     """
     (T, d), (parts, _, r), gpu = x.shape, u.shape, architecture_of(x.device)
     tile = gpu.svd_tiles(r, aligned(x, p)).x
@@ -362,12 +366,14 @@ def gradients_x(
     splits, each = gpu.split_rows(blocks, tiles)
     dp = p.new_empty(r, d) if splits == 1 else h.new_empty(splits, r, d)
     dlam = lam.new_empty(r) if splits == 1 else h.new_empty(splits, r)
+    if tangent:
+        dlam = lam.new_empty(0)
     threshold, scale = thresholds(dropout, seed)
     programs = splits * tiles
     with on_device_of(x):
         gradients_x_kernel[(programs + (0 if dx is None else blocks * tiles),)](
-            x, p, h, lam, u, dp, dlam, dx if add else None, dx, seed,
-            scaling, scale, T, r, d, programs, parts if parts > 1 else None, splits, each,
+            x, p, h, lam, u, dp, None if tangent else dlam, dx if add else None, dx, seed,
+            scaling, scale, tangent, T, r, d, programs, parts if parts > 1 else None, splits, each,
             threshold, x.stride(0), p.stride(0), h.stride(0), u.stride(1), u.stride(0),
             BT=tile.rows, BK=columns, R=padded(r), PRECISION=dot_precision(x.dtype), **tile.options,
         )  # fmt: skip
@@ -407,6 +413,7 @@ def gradients(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
     dx: torch.Tensor | None,
     needs_factors: bool,
     add: bool = False,
@@ -420,11 +427,13 @@ def gradients(
         if dx is not None:
             u, base = shrink(dy, q), dx if add else None
             expand_(dx, u, lam, p, scaling, base=base, dropout=dropout, seed=seed)
-        return factor_gradient_shapes(p, lam, q, needs_factors)
+        return factor_gradient_shapes(p, lam, q, tangent, needs_factors)
     h = h.contiguous()
     u = h.new_empty(parts_of_u(dy, q), *h.shape)
-    dq = gradients_dy(dy, h, u, lam, q, scaling)
-    dp, dlam = gradients_x(x, h, u, p, lam, scaling, dropout=dropout, seed=seed, dx=dx, add=add)
+    dq = gradients_dy(dy, h, u, lam, q, scaling, tangent)
+    dp, dlam = gradients_x(
+        x, h, u, p, lam, scaling, tangent=tangent, dropout=dropout, seed=seed, dx=dx, add=add
+    )
     dp, dlam, dq = reduce([dp, dlam, dq], [p, lam, q])
     return dp, dlam, dq
 
@@ -444,6 +453,8 @@ def cases() -> Iterator[Case]:
         yield case(expand_kernel, tiles.expand, "BN", **constants, **absent)
         absent = {"parts": None, "base": None} if plain else {}
         yield case(gradients_x_kernel, tiles.x, "BK", **constants, **absent)
+        if plain:  # tangent gradients
+            yield case(gradients_x_kernel, tiles.x, "BK", **constants, **absent, dlam=None)
         if not plain:
             kernel = gradients_dy_apart_kernel if R > ONE_PASS else gradients_dy_kernel
             yield case(kernel, tiles.dy, "BN", **constants)
@@ -451,13 +462,12 @@ def cases() -> Iterator[Case]:
 
 
 def reduce_cases() -> Iterator[Case]:
-    """One layer's three lists."""
+    """One layer's three lists; two of tangent gradients."""
     names, options = ("starts", "sizes", "odds"), {"num_warps": 4, "num_stages": 3}
-    for architecture in ARCHITECTURES:
-        for dtype in (torch.float32, torch.bfloat16):
-            types: dict[str, Any] = dict.fromkeys(names, ("i32",) * 3)
-            types |= {"parts": ("*fp32",) * 3, "outputs": (POINTERS[dtype],) * 3}
-            aligned_ones = ("parts", "outputs", "sizes")
-            yield Case(
-                reduce_kernel, types, {"M": 3, **REDUCE}, options, aligned_ones, architecture
-            )
+    lists = ((torch.float32, 3), (torch.bfloat16, 3), (torch.float32, 2))
+    for architecture, (dtype, count) in itertools.product(ARCHITECTURES, lists):
+        types: dict[str, Any] = dict.fromkeys(names, ("i32",) * count)
+        types |= {"parts": ("*fp32",) * count, "outputs": (POINTERS[dtype],) * count}
+        constants = {"M": count, **REDUCE}
+        aligned_ones = ("parts", "outputs", "sizes")
+        yield Case(reduce_kernel, types, constants, options, aligned_ones, architecture)

@@ -21,10 +21,11 @@ def forward(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, h [T, r]): `hal::svd_adapter_add`."""
     if not supported(x, p, q):
-        return _forward(y, x, p, lam, q, scaling, dropout, seed)
+        return _forward(y, x, p, lam, q, scaling, dropout, seed, tangent)
     p, lam, q = factors_of(p, lam, q)
     out = y.new_empty(y.shape)
     parts = shrink(rows_of(x), p, dropout, seed)
@@ -43,18 +44,19 @@ def backward(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
     needs_dx: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dP, dΛ, dQ): `hal::svd_adapter_add_backward`."""
     if not supported(x, p, q):
         return _backward_default(
-            dout, x, h, p, lam, q, scaling, dropout, seed, needs_dx, needs_factors
+            dout, x, h, p, lam, q, scaling, dropout, seed, tangent, needs_dx, needs_factors
         )
     p, lam, q = factors_of(p, lam, q)
     dx = x.new_empty(x.shape if needs_dx else (0,))
     dp, dlam, dq = gradients(
-        rows_of(dout), rows_of(x), h, p, lam, q, scaling, dropout, seed,
+        rows_of(dout), rows_of(x), h, p, lam, q, scaling, dropout, seed, tangent,
         flat(dx) if needs_dx else None, needs_factors,
     )  # fmt: skip
     return dx, dp, dlam, dq

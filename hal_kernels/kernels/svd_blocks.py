@@ -71,6 +71,16 @@ def scaled_lam(lam, scaling, r, o_r):
 
 
 @triton.jit
+def gradient_weights(lam, scaling, tangent, r, o_r):
+    """What weighs the directions in dP and dQ before their product, [1, R] float32, and after it.
+
+    s·Λ and 1; for tangent gradients 1 and c: a small c would cost 16-bit operands their bits.
+    """
+    b_lam = tl.where(tangent != 0.0, 1.0, scaled_lam(lam, scaling, r, o_r))
+    return b_lam, tl.where(tangent != 0.0, tangent, 1.0)
+
+
+@triton.jit
 def shrink_block(
     x, p, h, p_seed,
     scale, T, r, d, chunk, threshold, stride_x, stride_p, stride_ht, stride_hc, i_t, i_c,
@@ -134,18 +144,19 @@ def expand_block(
 @triton.jit
 def gradient_block(
     x, u, h, lam, dp, dlam, p_seed,
-    scaling, scale, T, r, d, parts, blocks, threshold, stride_x,
+    scaling, scale, tangent, T, r, d, parts, blocks, threshold, stride_x,
     stride_ut, stride_uc, stride_ht, i_s, i_k,
     BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dP[i] = s·dropout(x)ᵀ(u ⊙ Λ) over the rows of split i, for one tile of columns.
 
-    With u = Σ_c u[c]; and if `dlam` is there, dΛ[i] = s·Σ_t h ⊙ u.
+    With u = Σ_c u[c]; and if `dlam` is there, dΛ[i] = s·Σ_t h ⊙ u. With c = `tangent` other than 0
+    dP[i] = c·dropout(x)ᵀu instead.
     """
     o_k = i_k * BK + tl.arange(0, BK)
     o_r = tl.arange(0, R)
     m_k, m_r = o_k < d, o_r < r
-    b_lam = scaled_lam(lam, scaling, r, o_r)
+    b_lam, after = gradient_weights(lam, scaling, tangent, r, o_r)
     b_dp = tl.zeros([R, BK], tl.float32)
     first = i_s * blocks
     last = min(first + blocks, tl.cdiv(T, BT))
@@ -159,7 +170,7 @@ def gradient_block(
         b_ul = (b_u * b_lam).to(b_x.dtype)  # [BT, R]
         b_dp = tl.dot(tl.trans(b_ul), b_x, b_dp, input_precision=PRECISION)
     p_dp = dp + (i_s.to(tl.int64) * r + o_r[:, None]) * d + o_k[None, :]
-    b_dp = (b_dp * scale).to(dp.dtype.element_ty)
+    b_dp = (b_dp * (scale * after)).to(dp.dtype.element_ty)
     tl.store(p_dp, b_dp, mask=m_r[:, None] & m_k[None, :])
     if dlam is not None:  # noqa: SIM102
         if i_k == 0:

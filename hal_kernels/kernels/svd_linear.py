@@ -106,12 +106,13 @@ def forward(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
     *,
     path: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, h [T, r]): `hal::svd_linear`. `path` is one of `PATHS`, to measure them."""
     if not supported(x, p, q):
-        return _forward(x, weight, bias, p, lam, q, scaling, dropout, seed)
+        return _forward(x, weight, bias, p, lam, q, scaling, dropout, seed, tangent)
     p, lam, q = factors_of(p, lam, q)
     bias = None if bias is None else bias.contiguous()
     rows = rows_of(x)
@@ -208,6 +209,7 @@ def backward(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
     needs_dx: bool,
     needs_factors: bool,
     *,
@@ -216,7 +218,7 @@ def backward(
     """(dx, dP, dΛ, dQ): `hal::svd_linear_backward`. `path` is "prepare" or "add"."""
     if not supported(x, p, q):
         return _backward_default(
-            dy, x, h, weight, p, lam, q, scaling, dropout, seed, needs_dx, needs_factors
+            dy, x, h, weight, p, lam, q, scaling, dropout, seed, tangent, needs_dx, needs_factors
         )
     p, lam, q = factors_of(p, lam, q)
     dy, rows = rows_of(dy), rows_of(x)
@@ -225,7 +227,7 @@ def backward(
     if needs_dx and not prepare:
         torch.mm(dy, weight, out=dx)
     dp, dlam, dq = gradients(
-        dy, rows, h, p, lam, q, scaling, dropout, seed,
+        dy, rows, h, p, lam, q, scaling, dropout, seed, tangent,
         dx if needs_dx else None, needs_factors, add=not prepare,
     )  # fmt: skip
     if needs_dx and prepare:

@@ -53,10 +53,11 @@ def forward(
     lam: list[torch.Tensor],
     q: list[torch.Tensor],
     scaling: float,
+    tangent: float,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """(y of every layer, h [T, r_1 + … + r_n]): `hal::svd_linear_group`."""
     if not _supported(x, p, q):
-        return _forward(x, weight, bias, p, lam, q, scaling)
+        return _forward(x, weight, bias, p, lam, q, scaling, tangent)
     rows, ranks = rows_of(x), ranks_of(p)
     biases = [b.contiguous() if b.numel() else None for b in bias]
     factors = [factors_of(*own) for own in zip(p, lam, q, strict=True)]
@@ -91,21 +92,24 @@ def backward(
     lam: list[torch.Tensor],
     q: list[torch.Tensor],
     scaling: float,
+    tangent: float,
     needs_dx: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """(dx, dP of all layers, dΛ of all layers, dQ of each): `hal::svd_linear_group_backward`."""
     if not _supported(x, p, q) or all(g is None for g in dy):
-        return _backward_default(dy, x, h, weight, p, lam, q, scaling, needs_dx, needs_factors)
+        return _backward_default(
+            dy, x, h, weight, p, lam, q, scaling, tangent, needs_dx, needs_factors
+        )
     rows, h = rows_of(x), h.contiguous()
     upstream = [None if g is None else rows_of(g) for g in dy]
     factors = [factors_of(*own) for own in zip(p, lam, q, strict=True)]
     dx = x.new_empty(rows.shape if needs_dx else (0,))
-    gradients = gradient_shapes(p, lam, q, False)
+    gradients = gradient_shapes(p, lam, q, tangent, False)
     if needs_factors:
         prepared = dx if needs_dx else None
         gradients = _gradients(
-            upstream, rows, h, joined(p), joined(lam), factors, scaling, prepared
+            upstream, rows, h, joined(p), joined(lam), factors, scaling, tangent, prepared
         )
     elif needs_dx:
         base = None
@@ -128,6 +132,7 @@ def _gradients(
     lam: torch.Tensor,
     factors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     scaling: float,
+    tangent: float,
     dx: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """dP and dΛ, joined, and each layer's dQ; the adapters' dx is written to `dx`.
@@ -146,8 +151,8 @@ def _gradients(
         if g is None:
             sums.append(torch.zeros_like(own_q))
         else:
-            sums.append(gradients_dy(g, own_h, own_u, own_lam, own_q, scaling))
+            sums.append(gradients_dy(g, own_h, own_u, own_lam, own_q, scaling, tangent))
     p, lam, _ = factors_of(p, lam, p)
-    dp, dlam = gradients_x(x, h, u, p, lam, scaling, dx=dx)
+    dp, dlam = gradients_x(x, h, u, p, lam, scaling, tangent=tangent, dx=dx)
     dp, dlam, *dq = reduce([dp, dlam, *sums], [p, lam, *(own_q for _, _, own_q in factors)])
     return dp, dlam, dq

@@ -32,7 +32,13 @@ def adapter_case(
     pointers = {n: t for n, t in types.items() if n in kernel.arg_names and n not in constexprs}
     unaligned = (*RUN_TIME, *ANYWHERE) if widths_aligned else ("*",)
     return make_case(
-        kernel, architecture, pointers, ("scaling", "scale"), unaligned, constexprs, tile.options
+        kernel,
+        architecture,
+        pointers,
+        ("scaling", "scale", "tangent"),
+        unaligned,
+        constexprs,
+        tile.options,
     )
 
 

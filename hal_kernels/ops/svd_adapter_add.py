@@ -7,6 +7,13 @@ for base layers whose GEMM is not ours to run (quantized, sparse or foreign). Wi
     dy = dout            dx = s·(u ⊙ Λ)Pᵀ          dΛ = s·Σ_t h ⊙ u
     dP = s·xᵀ(u ⊙ Λ)     dQ = s·(h ⊙ Λ)ᵀ dout
 
+Tangent gradients, for steps along the matrices of rank r: with G = doutᵀ·x the gradient of ΔW,
+``[d_out, d_in]``, and c = `tangent`, those of P and Q are instead
+
+    dP = c·L,  L = QG = uᵀx ``[r, d_in]``          dQ = c·K,  K = PGᵀ = hᵀ dout ``[r, d_out]``
+
+which do not vanish where Λ is zero, and Λ has none. c only keeps them in a range of one's choice.
+
 Λ here is the effective one, Λ⊙mask, so its gradient is dΛ_eff: what the allocator scores pruned
 directions with. `svd_linear` shares `shrink`, `expand_` and `adapter_gradients` with this file.
 
@@ -15,6 +22,7 @@ Backends: default (plain PyTorch, every device), cpu (csrc/svd_adapter_add.cpp),
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +50,7 @@ def svd_adapter_add(
     scaling: float = 1.0,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
+    tangent: float = 0.0,
 ) -> torch.Tensor:
     """``y + scaling · (dropout(x)·P ⊙ (Λ⊙mask)) Q``.
 
@@ -56,6 +65,8 @@ def svd_adapter_add(
         scaling: s = alpha / rank.
         dropout: probability of zeroing an element of x on the adapter's path, in [0, 1).
         seed: int64 scalar naming the dropout mask; drawn from torch's generator if None.
+        tangent: c. Above 0, the gradients of p and q are the tangent ones, c·L and c·K, and lam has
+            none; a power of two scales them without rounding.
 
     Returns:
         ``[..., d_out]`` in y's dtype; sums are accumulated in float32 (float64 for float64).
@@ -73,12 +84,14 @@ def svd_adapter_add(
         raise ValueError(
             f"y has leading dimensions {tuple(y.shape[:-1])}, expected {tuple(x.shape[:-1])} (x's)"
         )
-    check_adapter(x, p, lam, q, d_in=x.shape[-1], d_out=y.shape[-1], dropout=dropout)
+    check_adapter(
+        x, p, lam, q, d_in=x.shape[-1], d_out=y.shape[-1], dropout=dropout, tangent=tangent
+    )
     expect_same_device("x", x, y=y)
     scaling = expect_number("scaling", scaling)
     lam, seed = effective(x, lam, mask, dropout, seed)
     x = x.to(y.dtype)
-    return _svd_adapter_add(y, x, p, lam, q, scaling, dropout, seed)[0]
+    return _svd_adapter_add(y, x, p, lam, q, scaling, dropout, seed, float(tangent))[0]
 
 
 def svd_adapter_add_reference(
@@ -102,6 +115,7 @@ def check_adapter(
     d_in: int,
     d_out: int,
     dropout: float,
+    tangent: float,
     at: str = "",
 ) -> None:
     """Raise TypeError or ValueError, naming the argument, for inputs no backend accepts.
@@ -121,6 +135,7 @@ def check_adapter(
     expect_shape(f"q{at}", q, (rank, d_out), "[r, d_out]")
     expect_same_device("x", x, **{f"p{at}": p, f"lam{at}": lam, f"q{at}": q})
     expect_number("dropout", dropout, least=0.0, below=1.0)
+    expect_number("tangent", tangent, least=0.0)
 
 
 def effective(
@@ -174,42 +189,55 @@ def adapter_gradients(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
     dx: torch.Tensor | None,
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dP, dΛ_eff, dQ) from dy and x ``[T, d]``; adds the adapter's part to `dx` unless None.
 
-    Without `needs_factors` the three are empty: only `dx` is computed.
+    Without `needs_factors` the three are empty: only `dx` is computed. With `tangent` dΛ is.
     """
     dtype = x.dtype
     scaled = lam.to(h.dtype) * scaling
     u = (dy @ q.to(dtype).t()).to(h.dtype)
     ul = (u * scaled).to(dtype)
+    left = u.to(dtype) if tangent else ul  # of dP
     if seed is None:
         if dx is not None:
             dx.addmm_(ul, p.to(dtype))
-        dp = ul.t() @ x if needs_factors else None
+        dp = left.t() @ x if needs_factors else None
     else:
         dp = torch.zeros_like(p, dtype=h.dtype)
         for rows, keep in keep_blocks(x, dropout, seed):
             if dx is not None:
                 dx[rows] += keep * (ul[rows] @ p.to(dtype))
             if needs_factors:
-                dp += ul[rows].t() @ keep.mul_(x[rows])
+                dp += left[rows].t() @ keep.mul_(x[rows])
     if not needs_factors or dp is None:
         return p.new_empty(0), lam.new_empty(0), q.new_empty(0)
+    if tangent:
+        dq = h.to(dtype).t() @ dy
+        # Scaled last: 16-bit operands would lose what a small c makes of them.
+        return dp.to(p.dtype).mul_(tangent), lam.new_empty(0), dq.to(q.dtype).mul_(tangent)
     dlam = (h * u).sum(0).mul_(scaling)
     dq = (h * scaled).to(dtype).t() @ dy
     return dp.to(p.dtype), dlam.to(lam.dtype), dq.to(q.dtype)
 
 
 def factor_gradient_shapes(
-    p: torch.Tensor, lam: torch.Tensor, q: torch.Tensor, needs_factors: bool
+    p: torch.Tensor, lam: torch.Tensor, q: torch.Tensor, tangent: float, needs_factors: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Empty outputs of `adapter_gradients`, for shape functions."""
     if needs_factors:
-        return p.new_empty(p.shape), lam.new_empty(lam.shape), q.new_empty(q.shape)
+        rank = 0 if tangent else lam.shape[0]
+        return p.new_empty(p.shape), lam.new_empty(rank), q.new_empty(q.shape)
     return p.new_empty(0), lam.new_empty(0), q.new_empty(0)
+
+
+def wants_factors(needs: Sequence[bool], tangent: float) -> bool:
+    """Whether a gradient of P, Λ or Q is asked for; with `tangent` Λ has none."""
+    p, lam, q = needs
+    return p or q or (lam and not tangent)
 
 
 def flat(x: torch.Tensor) -> torch.Tensor:
@@ -226,6 +254,7 @@ def _forward(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     h = shrink(flat(x), p, dropout, seed)
     out = y.clone(memory_format=torch.contiguous_format)
@@ -242,6 +271,7 @@ def _forward_fake(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     h = x.new_empty(math.prod(x.shape[:-1]), p.shape[0], dtype=accumulation_dtype(x.dtype))
     return y.new_empty(y.shape), h
@@ -257,12 +287,13 @@ def _backward_default(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
     needs_dx: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dx = x.new_zeros(x.shape) if needs_dx else None
     dp, dlam, dq = adapter_gradients(
-        flat(dout), flat(x), h, p, lam, q, scaling, dropout, seed,
+        flat(dout), flat(x), h, p, lam, q, scaling, dropout, seed, tangent,
         None if dx is None else flat(dx), needs_factors,
     )  # fmt: skip
     return x.new_empty(0) if dx is None else dx, dp, dlam, dq
@@ -278,15 +309,16 @@ def _backward_fake(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
     needs_dx: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
-    return dx, *factor_gradient_shapes(p, lam, q, needs_factors)
+    return dx, *factor_gradient_shapes(p, lam, q, tangent, needs_factors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _, x, p, lam, q, ctx.scaling, ctx.dropout, seed = inputs
+    _, x, p, lam, q, ctx.scaling, ctx.dropout, seed, ctx.tangent = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], p, lam, q, seed)
 
@@ -294,11 +326,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd_backward(ctx: Any, dout: torch.Tensor, _dh: torch.Tensor) -> tuple[Any, ...]:
     x, h, p, lam, q, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    wanted = wants_factors(needs[2:5], ctx.tangent)
     dx, dp, dlam, dq = _svd_adapter_add_backward(
-        dout, x, h, p, lam, q, ctx.scaling, ctx.dropout, seed, needs[1], any(needs[2:5])
+        dout, x, h, p, lam, q, ctx.scaling, ctx.dropout, seed, ctx.tangent, needs[1], wanted
     )
-    factors = (dp, dlam, dq) if any(needs[2:5]) else (None, None, None)
-    return dout, dx if needs[1] else None, *factors, None, None, None
+    factors = (dp, None if ctx.tangent else dlam, dq) if wanted else (None, None, None)
+    return dout, dx if needs[1] else None, *factors, None, None, None, None
 
 
 def _forward_cuda(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,7 +350,7 @@ def _backward_cuda(
 
 _svd_adapter_add = define(
     "svd_adapter_add(Tensor y, Tensor x, Tensor p, Tensor lam, Tensor q, float scaling,"
-    " float dropout, Tensor? seed) -> (Tensor, Tensor)",
+    " float dropout, Tensor? seed, float tangent) -> (Tensor, Tensor)",
     default=_forward,
     cuda=_forward_cuda,
     fake=_forward_fake,
@@ -327,7 +360,8 @@ _svd_adapter_add = define(
 )
 _svd_adapter_add_backward = define(
     "svd_adapter_add_backward(Tensor dout, Tensor x, Tensor h, Tensor p, Tensor lam, Tensor q,"
-    " float scaling, float dropout, Tensor? seed, bool needs_dx, bool needs_factors)"
+    " float scaling, float dropout, Tensor? seed, float tangent, bool needs_dx,"
+    " bool needs_factors)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     default=_backward_default,
     cuda=_backward_cuda,

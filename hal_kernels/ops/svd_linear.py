@@ -7,6 +7,8 @@
     dx = dy·W + s·(u ⊙ Λ)Pᵀ      dP = s·xᵀ(u ⊙ Λ)
     dΛ = s·Σ_t h ⊙ u             dQ = s·(h ⊙ Λ)ᵀ dy
 
+With c = `tangent` other than 0, dP = c·uᵀx and dQ = c·hᵀdy instead (see `svd_adapter_add`).
+
 The gradient of Λ is dΛ_eff, unmasked: what the allocator scores pruned directions with. Saved for
 backward: x, h and the factors; no ``[T, d]`` temporary exists beside y (forward) and dx (backward).
 
@@ -38,6 +40,7 @@ from .svd_adapter_add import (
     factor_gradient_shapes,
     flat,
     shrink,
+    wants_factors,
 )
 
 
@@ -53,6 +56,7 @@ def svd_linear(
     scaling: float = 1.0,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
+    tangent: float = 0.0,
 ) -> torch.Tensor:
     """``x·Wᵀ + b + scaling · (dropout(x)·P ⊙ (Λ⊙mask)) Q``.
 
@@ -68,6 +72,8 @@ def svd_linear(
         scaling: s = alpha / rank.
         dropout: probability of zeroing an element of x on the adapter's path, in [0, 1).
         seed: int64 scalar naming the dropout mask; drawn from torch's generator if None.
+        tangent: c. Above 0, the gradients of p and q are the tangent ones, c·L and c·K, and lam has
+            none; a power of two scales them without rounding.
 
     Under `torch.autocast`, x, weight and bias are cast to its dtype as for ``F.linear``.
 
@@ -77,11 +83,11 @@ def svd_linear(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    check_layer(x, weight, bias, p, lam, q, dropout=dropout)
+    check_layer(x, weight, bias, p, lam, q, dropout=dropout, tangent=tangent)
     scaling = expect_number("scaling", scaling)
     x, (weight,), (bias,) = autocast_inputs(x, [weight], [bias])
     lam, seed = effective(x, lam, mask, dropout, seed)
-    return _svd_linear(x, weight, bias, p, lam, q, scaling, dropout, seed)[0]
+    return _svd_linear(x, weight, bias, p, lam, q, scaling, dropout, seed, float(tangent))[0]
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -102,12 +108,13 @@ def svd_linear_of_layer(
     lam: torch.Tensor,
     q: torch.Tensor,
     scaling: float,
+    tangent: float = 0.0,
 ) -> torch.Tensor:
     """`svd_linear` of an x that `fits` a layer whose own tensors were checked when it was made.
 
     The checks take about as long as the operator does for a few rows.
     """
-    y: torch.Tensor = _svd_linear(x, weight, bias, p, lam, q, float(scaling), 0.0, None)[0]
+    y: torch.Tensor = _svd_linear(x, weight, bias, p, lam, q, float(scaling), 0.0, None, tangent)[0]
     return y
 
 
@@ -120,6 +127,7 @@ def check_layer(
     q: torch.Tensor,
     *,
     dropout: float = 0.0,
+    tangent: float = 0.0,
     at: str = "",
 ) -> None:
     """Raise TypeError or ValueError, naming the argument, for inputs no backend accepts.
@@ -139,7 +147,7 @@ def check_layer(
         )
     if bias is not None:
         expect_shape(f"bias{at}", bias, (d_out,), "[d_out]")
-    check_adapter(x, p, lam, q, d_in=d_in, d_out=d_out, dropout=dropout, at=at)
+    check_adapter(x, p, lam, q, d_in=d_in, d_out=d_out, dropout=dropout, tangent=tangent, at=at)
     expect_same_device("x", x, **{f"weight{at}": weight, f"bias{at}": bias})
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return
@@ -185,6 +193,7 @@ def _forward(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = flat(x)
     y = base_output(x, weight, bias)
@@ -213,6 +222,7 @@ def _forward_fake(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     h = x.new_empty(math.prod(x.shape[:-1]), p.shape[0], dtype=accumulation_dtype(x.dtype))
     return x.new_empty(*x.shape[:-1], weight.shape[0]), h
@@ -229,13 +239,14 @@ def _backward_default(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
     needs_dx: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dy = flat(dy)
     dx = dy @ weight if needs_dx else None
     dp, dlam, dq = adapter_gradients(
-        dy, flat(x), h, p, lam, q, scaling, dropout, seed, dx, needs_factors
+        dy, flat(x), h, p, lam, q, scaling, dropout, seed, tangent, dx, needs_factors
     )
     return x.new_empty(0) if dx is None else dx.view(x.shape), dp, dlam, dq
 
@@ -251,15 +262,16 @@ def _backward_fake(
     scaling: float,
     dropout: float,
     seed: torch.Tensor | None,
+    tangent: float,
     needs_dx: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
-    return dx, *factor_gradient_shapes(p, lam, q, needs_factors)
+    return dx, *factor_gradient_shapes(p, lam, q, tangent, needs_factors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, weight, _, p, lam, q, ctx.scaling, ctx.dropout, seed = inputs
+    x, weight, _, p, lam, q, ctx.scaling, ctx.dropout, seed, ctx.tangent = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], weight, p, lam, q, seed)
 
@@ -267,13 +279,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd_backward(ctx: Any, dy: torch.Tensor, _dh: torch.Tensor) -> tuple[Any, ...]:
     x, h, weight, p, lam, q, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    wanted = wants_factors(needs[3:6], ctx.tangent)
     dx, dp, dlam, dq = _svd_linear_backward(
-        dy, x, h, weight, p, lam, q, ctx.scaling, ctx.dropout, seed, needs[0], any(needs[3:6])
+        dy, x, h, weight, p, lam, q, ctx.scaling, ctx.dropout, seed, ctx.tangent, needs[0], wanted
     )
     dweight = flat(dy).t() @ flat(x) if needs[1] else None
     dbias = flat(dy).sum(0) if needs[2] else None
-    factors = (dp, dlam, dq) if any(needs[3:6]) else (None, None, None)
-    return dx if needs[0] else None, dweight, dbias, *factors, None, None, None
+    factors = (dp, None if ctx.tangent else dlam, dq) if wanted else (None, None, None)
+    return dx if needs[0] else None, dweight, dbias, *factors, None, None, None, None
 
 
 def _forward_cuda(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,7 +305,7 @@ def _backward_cuda(
 
 _svd_linear = define(
     "svd_linear(Tensor x, Tensor weight, Tensor? bias, Tensor p, Tensor lam, Tensor q,"
-    " float scaling, float dropout, Tensor? seed) -> (Tensor, Tensor)",
+    " float scaling, float dropout, Tensor? seed, float tangent) -> (Tensor, Tensor)",
     default=_forward,
     cuda=_forward_cuda,
     fake=_forward_fake,
@@ -302,7 +315,8 @@ _svd_linear = define(
 )
 _svd_linear_backward = define(
     "svd_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor p, Tensor lam,"
-    " Tensor q, float scaling, float dropout, Tensor? seed, bool needs_dx, bool needs_factors)"
+    " Tensor q, float scaling, float dropout, Tensor? seed, float tangent, bool needs_dx,"
+    " bool needs_factors)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     default=_backward_default,
     cuda=_backward_cuda,

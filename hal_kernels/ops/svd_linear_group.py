@@ -8,6 +8,7 @@ u_i = dy_i·Q_iᵀ, and h, u, Λ, P the layers' joined along the rank:
     dx = Σ_i dy_i·W_i + s·(u ⊙ Λ)Pᵀ      dP = s·xᵀ(u ⊙ Λ)
     dΛ = s·Σ_t h ⊙ u                     dQ_i = s·(h_i ⊙ Λ_i)ᵀ dy_i
 
+With c = `tangent` other than 0, dP = c·uᵀx and dQ_i = c·h_iᵀdy_i instead (see `svd_adapter_add`).
 What is saved for backward, and what Λ is, is as in `svd_linear`. No dropout: each layer would need
 a mask, and a pass over x, of its own.
 
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from ._library import accumulation_dtype, define, expect_number
-from .svd_adapter_add import expand_, flat, shrink
+from .svd_adapter_add import expand_, flat, shrink, wants_factors
 from .svd_linear import autocast_inputs, base_output, check_layer, svd_linear_reference
 
 
@@ -35,6 +36,7 @@ def svd_linear_group(
     q: Sequence[torch.Tensor],
     *,
     scaling: float = 1.0,
+    tangent: float = 0.0,
 ) -> list[torch.Tensor]:
     """``x·W_iᵀ + b_i + scaling · (x·P_i ⊙ Λ_i) Q_i`` for every layer i of a group.
 
@@ -49,6 +51,7 @@ def svd_linear_group(
         lam: each ``[r_i]`` effective singular values (Λ⊙mask), all of one float dtype.
         q: each ``[r_i, d_out_i]``, one singular direction a row. Ranks may differ, and be zero.
         scaling: s = alpha / rank, of all layers.
+        tangent: as for `svd_linear`, of all layers.
 
     Under `torch.autocast`, x, weight and bias are cast to its dtype as for ``F.linear``.
 
@@ -67,13 +70,15 @@ def svd_linear_group(
                 f"{name} has {len(group)} entries, expected {max(len(weight), 1)}: one a layer"
             )
     for i, layer in enumerate(zip(weight, bias, p, lam, q, strict=True)):
-        check_layer(x, *layer, at=f"[{i}]")
+        check_layer(x, *layer, tangent=tangent, at=f"[{i}]")
     for name, group in (("p", p), ("lam", lam)):
         if any(t.dtype != group[0].dtype for t in group):
             raise TypeError(f"{name} has dtypes {[t.dtype for t in group]}, expected one dtype")
     scaling = expect_number("scaling", scaling)
     x, weights, biases = autocast_inputs(x, weight, bias)
-    return svd_linear_group_of_layers(x, weights, biases, list(p), list(lam), list(q), scaling)
+    return svd_linear_group_of_layers(
+        x, weights, biases, list(p), list(lam), list(q), scaling, float(tangent)
+    )
 
 
 def svd_linear_group_of_layers(
@@ -84,11 +89,14 @@ def svd_linear_group_of_layers(
     lam: list[torch.Tensor],
     q: list[torch.Tensor],
     scaling: float,
+    tangent: float = 0.0,
 ) -> list[torch.Tensor]:
     """`svd_linear_group` of an x that `svd_linear.fits` layers which were checked before."""
     # torch.library has no gradient for a list of optional tensors: an empty one stands for None.
     biases = [x.new_empty(0) if b is None else b for b in bias]
-    outputs: list[torch.Tensor] = _svd_linear_group(x, weight, biases, p, lam, q, float(scaling))[0]
+    outputs: list[torch.Tensor] = _svd_linear_group(
+        x, weight, biases, p, lam, q, float(scaling), tangent
+    )[0]
     return outputs
 
 
@@ -130,6 +138,7 @@ def gradient_shapes(
     p: Sequence[torch.Tensor],
     lam: Sequence[torch.Tensor],
     q: Sequence[torch.Tensor],
+    tangent: float,
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Empty gradients of the factors: dP and dΛ of all layers joined, dQ of each."""
@@ -137,7 +146,7 @@ def gradient_shapes(
         return p[0].new_empty(0), lam[0].new_empty(0), [t.new_empty(0) for t in q]
     rows = sum(ranks_of(p))
     dq = [t.new_empty(t.shape) for t in q]
-    return p[0].new_empty(rows, p[0].shape[1]), lam[0].new_empty(rows), dq
+    return p[0].new_empty(rows, p[0].shape[1]), lam[0].new_empty(0 if tangent else rows), dq
 
 
 def _forward(
@@ -148,6 +157,7 @@ def _forward(
     lam: list[torch.Tensor],
     q: list[torch.Tensor],
     scaling: float,
+    tangent: float,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     rows = flat(x)
     h = shrink(rows, joined(p), 0.0, None)
@@ -168,6 +178,7 @@ def _forward_fake(
     lam: list[torch.Tensor],
     q: list[torch.Tensor],
     scaling: float,
+    tangent: float,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     h = x.new_empty(math.prod(x.shape[:-1]), sum(ranks_of(p)), dtype=accumulation_dtype(x.dtype))
     return [x.new_empty(*x.shape[:-1], w.shape[0]) for w in weight], h
@@ -182,13 +193,14 @@ def _backward_default(
     lam: list[torch.Tensor],
     q: list[torch.Tensor],
     scaling: float,
+    tangent: float,
     needs_dx: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     rows, dtype = flat(x), x.dtype
     dx = rows.new_zeros(rows.shape) if needs_dx else None
     scaled = joined(lam).to(h.dtype) * scaling
-    hl, u = (h * scaled).to(dtype), torch.zeros_like(h)
+    hl, u = (h if tangent else h * scaled).to(dtype), torch.zeros_like(h)
     dq = []
     parts = (t.split(ranks_of(p), 1) for t in (hl, u))
     for own_dy, own_weight, own_q, own_hl, own_u in zip(dy, weight, q, *parts, strict=True):
@@ -205,7 +217,10 @@ def _backward_default(
         dx.addmm_(ul, joined(p).to(dtype))
     out = x.new_empty(0) if dx is None else dx.view(x.shape)
     if not needs_factors:
-        return out, *gradient_shapes(p, lam, q, needs_factors)
+        return out, *gradient_shapes(p, lam, q, tangent, needs_factors)
+    if tangent:  # scaled last: 16-bit operands would lose what a small c makes of them
+        dp = (u.to(dtype).t() @ rows).to(p[0].dtype).mul_(tangent)
+        return out, dp, lam[0].new_empty(0), [own.mul_(tangent) for own in dq]
     dp = (ul.t() @ rows).to(p[0].dtype)
     dlam = (h * u).sum(0).mul_(scaling).to(lam[0].dtype)
     return out, dp, dlam, dq
@@ -220,15 +235,16 @@ def _backward_fake(
     lam: list[torch.Tensor],
     q: list[torch.Tensor],
     scaling: float,
+    tangent: float,
     needs_dx: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
-    return dx, *gradient_shapes(p, lam, q, needs_factors)
+    return dx, *gradient_shapes(p, lam, q, tangent, needs_factors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, weight, _, p, lam, q, ctx.scaling = inputs
+    x, weight, _, p, lam, q, ctx.scaling, ctx.tangent = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # a layer that is not used costs its backward nothing
     ctx.count = len(weight)
@@ -243,9 +259,9 @@ def _autograd_backward(
     weight, p, lam, q = (rest[i * n : (i + 1) * n] for i in range(4))
     needs_x, needs_weight, needs_bias, *needs_factors = ctx.needs_input_grad[:6]
     dy = [None] * n if dy is None else list(dy)
-    wanted = any(any(needs) for needs in needs_factors)
+    wanted = wants_factors([any(needs) for needs in needs_factors], ctx.tangent)
     dx, dp, dlam, dq = _svd_linear_group_backward(
-        dy, x, h, weight, p, lam, q, ctx.scaling, needs_x, wanted
+        dy, x, h, weight, p, lam, q, ctx.scaling, ctx.tangent, needs_x, wanted
     )
     dweight = [
         flat(g).t() @ flat(x) if needed and g is not None else None
@@ -258,8 +274,9 @@ def _autograd_backward(
     none: list[None] = [None] * n
     factors = (none, none, none)
     if wanted:
-        factors = (list(dp.split(ranks_of(p))), list(dlam.split(ranks_of(p))), dq)
-    return dx if needs_x else None, dweight, dbias, *factors, None
+        own_dlam = none if ctx.tangent else list(dlam.split(ranks_of(p)))
+        factors = (list(dp.split(ranks_of(p))), own_dlam, dq)
+    return dx if needs_x else None, dweight, dbias, *factors, None, None
 
 
 def _forward_cuda(*args: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -278,7 +295,7 @@ def _backward_cuda(
 
 _svd_linear_group = define(
     "svd_linear_group(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] p, Tensor[] lam,"
-    " Tensor[] q, float scaling) -> (Tensor[], Tensor)",
+    " Tensor[] q, float scaling, float tangent) -> (Tensor[], Tensor)",
     default=_forward,
     cuda=_forward_cuda,
     fake=_forward_fake,
@@ -287,7 +304,7 @@ _svd_linear_group = define(
 )
 _svd_linear_group_backward = define(
     "svd_linear_group_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] weight, Tensor[] p,"
-    " Tensor[] lam, Tensor[] q, float scaling, bool needs_dx, bool needs_factors)"
+    " Tensor[] lam, Tensor[] q, float scaling, float tangent, bool needs_dx, bool needs_factors)"
     " -> (Tensor, Tensor, Tensor, Tensor[])",
     default=_backward_default,
     cuda=_backward_cuda,

@@ -99,7 +99,7 @@ def _forward(
     seed: torch.Tensor | None,
     squared: bool,
 ) -> Outputs:
-    y, h = torch.ops.hal.svd_linear(x, weight, bias, p, lam, q, scaling, dropout, seed)
+    y, h = torch.ops.hal.svd_linear(x, weight, bias, p, lam, q, scaling, dropout, seed, 0.0)
     penalty, residuals = torch.ops.hal.orthogonality_penalty(
         [p, q], offsets_of(p), [p.shape[0]] * 2, squared, 1.0
     )
@@ -118,7 +118,7 @@ def _forward_fake(
     seed: torch.Tensor | None,
     squared: bool,
 ) -> Outputs:
-    y, h = linear_fake(x, weight, bias, p, lam, q, scaling, dropout, seed)
+    y, h = linear_fake(x, weight, bias, p, lam, q, scaling, dropout, seed, 0.0)
     dtype, r = accumulation_dtype(p.dtype), p.shape[0]
     residuals = [p.new_empty(1, r, r, dtype=dtype) for _ in range(2)]
     return y, h, p.new_empty((), dtype=dtype), residuals
@@ -140,7 +140,19 @@ def _autograd_backward(
     dx = dweight = dbias = dp = dlam = dq = None
     if dy is not None:
         dx, dp, dlam, dq = torch.ops.hal.svd_linear_backward(
-            dy, x, h, weight, p, lam, q, ctx.scaling, ctx.dropout, seed, needs[0], any(needs[3:6])
+            dy,
+            x,
+            h,
+            weight,
+            p,
+            lam,
+            q,
+            ctx.scaling,
+            ctx.dropout,
+            seed,
+            0.0,
+            needs[0],
+            any(needs[3:6]),
         )
         dx = dx if needs[0] else None
         dweight = flat(dy).t() @ flat(x) if needs[1] else None

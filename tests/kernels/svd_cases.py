@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ops.tangent_contract import tangent_results
 from ops.util import EXACT as INTERPRETED
 from ops.util import assert_same, bounds, laid_out, values
 
@@ -70,7 +71,7 @@ def keep_of(x, dropout, name):
     return fill_keep_(keep, 0, dropout, seed(name)).view(x.shape)
 
 
-def expected(operator, inputs, dy, dropout=0.0, name=0, dtype=torch.float64):
+def expected(operator, inputs, dy, dropout=0.0, name=0, dtype=torch.float64, tangent=0.0):
     """Output, h and gradients of the formula, by autograd, computed in `dtype`."""
     keep = keep_of(inputs["x"], dropout, name).to(dtype) if dropout else None
     leaves = {n: None if t is None else t.detach().to(dtype) for n, t in inputs.items()}
@@ -84,14 +85,14 @@ def expected(operator, inputs, dy, dropout=0.0, name=0, dtype=torch.float64):
     out = svd_adapter_add_reference(base, dropped, p, lam, q, SCALING)
     gradients = torch.autograd.grad(out, wanted, dy.to(dtype))
     h = dropped.reshape(-1, dropped.shape[-1]) @ p.t()
-    return {
-        "out": out.detach(),
-        "h": h.detach(),
-        **dict(zip(("dx", "dp", "dlam", "dq"), gradients, strict=True)),
-    }
+    found = dict(zip(("dx", "dp", "dlam", "dq"), gradients, strict=True))
+    if tangent:
+        of_tangent = tangent_results(inputs, dy, dtype, keep, tangent)
+        found |= {"dp": of_tangent["p"], "dlam": lam.new_empty(0), "dq": of_tangent["q"]}
+    return {"out": out.detach(), "h": h.detach(), **found}
 
 
-def run(operator, inputs, dy, dropout=0.0, name=0, needs=(True, True), **paths):
+def run(operator, inputs, dy, dropout=0.0, name=0, needs=(True, True), tangent=0.0, **paths):
     """The same by the launch functions; `paths` are their `path` arguments."""
     named = seed(name) if dropout else None
     factors = [inputs[n] for n in FACTORS]
@@ -101,13 +102,15 @@ def run(operator, inputs, dy, dropout=0.0, name=0, needs=(True, True), **paths):
         kernels, base = svd_linear, [inputs["weight"]]
         out, h = kernels.forward(
             inputs["x"], inputs["weight"], inputs["bias"], *factors, SCALING, dropout, named,
-            **forward,
+            tangent, **forward,
         )  # fmt: skip
     else:
         kernels, base = svd_adapter_add, []
-        out, h = kernels.forward(inputs["y"], inputs["x"], *factors, SCALING, dropout, named)
+        out, h = kernels.forward(
+            inputs["y"], inputs["x"], *factors, SCALING, dropout, named, tangent
+        )
     gradients = kernels.backward(
-        dy, inputs["x"], h, *base, *factors, SCALING, dropout, named, *needs, **backward
+        dy, inputs["x"], h, *base, *factors, SCALING, dropout, named, tangent, *needs, **backward
     )
     assert h.dtype == torch.float32
     for gradient, of in zip(gradients, ("x", *FACTORS), strict=True):
@@ -122,7 +125,7 @@ def allowed(dtype, plain, ref):
     return bounds(dtype, plain, ref)
 
 
-def check(operator, inputs, layout="contiguous", dropout=0.0, coarse=None, **paths):
+def check(operator, inputs, layout="contiguous", dropout=0.0, coarse=None, tangent=0.0, **paths):
     """Output, h and every gradient against the formula in float64; returns the kernels' names.
 
     16-bit results may be twice as wrong as plain PyTorch in 16 bits (in `coarse`, if that is
@@ -131,11 +134,11 @@ def check(operator, inputs, layout="contiguous", dropout=0.0, coarse=None, **pat
     dtype = coarse or inputs["x"].dtype
     dy = upstream(inputs, layout)
     with recorded() as log:
-        out = run(operator, inputs, dy, dropout, 5, **paths)
-    ref = expected(operator, inputs, dy, dropout, 5)
+        out = run(operator, inputs, dy, dropout, 5, tangent=tangent, **paths)
+    ref = expected(operator, inputs, dy, dropout, 5, tangent=tangent)
     plain = None
     if dtype not in INTERPRETED:
-        plain = expected(operator, inputs, dy, dropout, 5, inputs["x"].dtype)
+        plain = expected(operator, inputs, dy, dropout, 5, inputs["x"].dtype, tangent)
     assert_same(out, ref, allowed(dtype, plain, ref))
     return log
 

@@ -3,6 +3,7 @@ its shapes, are tested there."""
 
 import pytest
 import torch
+from ops.tangent_contract import TANGENT
 from ops.util import assert_same, laid_out, values
 
 from hal_kernels.kernels import svd_adapter
@@ -44,6 +45,14 @@ def test_rows(monkeypatch, T, dropout):
     gpu_like(monkeypatch, svd=LARGE)
     log = check("svd_adapter_add", make(T, 64, 48), dropout=dropout)
     assert log == SHRINK_EXPAND + ONE_BLOCK + (["reduce"] if T > 64 else [])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank, rows, dropout", [(3, 70, 0.3), (64, 17, 0.0)])
+def test_tangent_gradients(rank, rows, dtype, dropout):
+    inputs = make(rows, 48, 72, rank, dtype, torch.float32)
+    log = check("svd_adapter_add", inputs, dropout=dropout, tangent=TANGENT)
+    assert log == SHRINK_EXPAND + backward_kernels(rank, rows)
 
 
 def test_no_rows():
@@ -120,9 +129,11 @@ def test_what_the_default_implementation_computes(options):
     inputs = make(**options)
     dy, factors = upstream(inputs), [inputs[n] for n in FACTORS]
     with recorded() as log:
-        out, h = svd_adapter_add.forward(inputs["y"], inputs["x"], *factors, SCALING, 0.0, None)
+        out, h = svd_adapter_add.forward(
+            inputs["y"], inputs["x"], *factors, SCALING, 0.0, None, 0.0
+        )
         gradients = svd_adapter_add.backward(
-            dy, inputs["x"], h, *factors, SCALING, 0.0, None, True, True
+            dy, inputs["x"], h, *factors, SCALING, 0.0, None, 0.0, True, True
         )
     assert log == []
     ref = expected("svd_adapter_add", inputs, dy)
@@ -155,7 +166,7 @@ def test_autograd(through_the_operator):
 def test_opcheck(through_the_operator, dropout):
     inputs = make(6, d_in=16, d_out=32, dtype=torch.bfloat16, factors=torch.float32)
     tensors = [inputs[n] for n in ("y", "x", *FACTORS)]
-    more = (SCALING, dropout, seed(2) if dropout else None)
+    more = (SCALING, dropout, seed(2) if dropout else None, 0.0)
     h = torch.randn(6, 3, device=DEVICE)
     torch.library.opcheck(
         torch.ops.hal.svd_adapter_add_backward.default,

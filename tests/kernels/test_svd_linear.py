@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ops.tangent_contract import TANGENT
 from ops.util import assert_same, laid_out, relative_error, values
 
 from hal_kernels.kernels import svd_adapter, svd_linear
@@ -208,6 +209,26 @@ def test_masks(kind):
     check("svd_linear", inputs)
 
 
+@pytest.mark.parametrize("path", ["prepare", "add"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank, rows", [(3, 17), (5, 150), (40, 150), (128, 17)])
+def test_tangent_gradients(rank, rows, dtype, path):
+    """K and L where some Λ are zero, with dropout or without, in as many launches."""
+    inputs = make(rows, 48, 72, rank, dtype, torch.float32)
+    dropout = 0.3 * (path == "add")
+    log = check("svd_linear", inputs, dropout=dropout, tangent=TANGENT, backward=path)
+    assert log[-len(backward_kernels(rank, rows)) :] == backward_kernels(rank, rows)
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+def test_tangent_gradients_shared_out_and_of_a_sum(monkeypatch, rank):
+    """Partial sums; upstream gradients of stride 0; Λ is zero everywhere."""
+    gpu_like(monkeypatch, svd=LARGE, multiprocessors=12, row_splits=2, block_splits=(2, 2))
+    inputs = make(300, 256, 144, rank)
+    inputs["lam"] = inputs["lam"] * 0
+    check("svd_linear", inputs, "all_expanded", tangent=TANGENT)
+
+
 def test_gradient_of_a_pruned_direction():
     """dΛ_eff is unmasked: not zero where Λ⊙mask is."""
     inputs = make(rank=4)
@@ -259,9 +280,9 @@ def test_what_the_default_implementation_computes(options):
         kernels = svd_linear
         factors = [inputs[n] for n in FACTORS]
         out, h = kernels.forward(
-            inputs["x"], inputs["weight"], inputs["bias"], *factors, SCALING, 0.0, None
+            inputs["x"], inputs["weight"], inputs["bias"], *factors, SCALING, 0.0, None, 0.0
         )
-        rest = (inputs["x"], h, inputs["weight"], *factors, SCALING, 0.0, None, True, True)
+        rest = (inputs["x"], h, inputs["weight"], *factors, SCALING, 0.0, None, 0.0, True, True)
         gradients = kernels.backward(dy, *rest)
     assert log == []
     ref = expected("svd_linear", inputs, dy)
@@ -342,7 +363,7 @@ def test_autograd(through_the_operator):
 def test_opcheck(through_the_operator, dropout):
     inputs = make(6, d_in=16, d_out=32, dtype=torch.bfloat16, factors=torch.float32)
     tensors = [inputs[n] for n in ("x", "weight", "bias", *FACTORS)]
-    more = (SCALING, dropout, seed(2) if dropout else None)
+    more = (SCALING, dropout, seed(2) if dropout else None, 0.0)
     h = torch.randn(6, 3, device=DEVICE)
     torch.library.opcheck(
         torch.ops.hal.svd_linear_backward.default,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ops.tangent_contract import TANGENT, tangent_results
 from ops.util import assert_same, laid_out, values
 
 from hal_kernels.kernels import svd_adapter, svd_linear, svd_linear_group
@@ -36,7 +37,7 @@ def upstream(inputs, layout="contiguous"):
     return [laid_out(values(*shape, dtype=x.dtype), layout) for shape in shapes]
 
 
-def expected(inputs, dy, dtype=torch.float64):
+def expected(inputs, dy, dtype=torch.float64, tangent=0.0):
     """Outputs, h and gradients of the formula, by autograd, computed in `dtype`."""
 
     def leaf(t):
@@ -53,25 +54,34 @@ def expected(inputs, dy, dtype=torch.float64):
     n, x = len(dy), leaves["x"].detach()
     dp, dlam, dq = (rest[i * n : (i + 1) * n] for i in range(3))
     h = x.reshape(-1, x.shape[-1]) @ torch.cat(leaves["p"]).detach().t()
+    if tangent:
+        of_layer = [
+            {"p": torch.zeros_like(p), "q": torch.zeros_like(q)} if g is None
+            else tangent_results({"x": x, "p": p, "q": q}, g, dtype, tangent=tangent)
+            for g, p, q in zip(dy, leaves["p"], leaves["q"], strict=True)
+        ]  # fmt: skip
+        dp, dq = ([found[n] for found in of_layer] for n in "pq")
+        dlam = [x.new_empty(0)]
     named = {"h": h, "dx": dx, "dp": torch.cat(dp), "dlam": torch.cat(dlam)}
     named |= {f"y{i}": y.detach() for i, y in enumerate(outputs)}
     return named | {f"dq{i}": g for i, g in enumerate(dq)}
 
 
-def run(inputs, dy, needs=(True, True)):
+def run(inputs, dy, needs=(True, True), tangent=0.0):
     """The same by the launch functions."""
     bias = [inputs["x"].new_empty(0) if b is None else b for b in inputs["bias"]]
     factors = [inputs[n] for n in NAMES]
-    outputs, h = svd_linear_group.forward(inputs["x"], inputs["weight"], bias, *factors, SCALING)
+    more = (SCALING, tangent)
+    outputs, h = svd_linear_group.forward(inputs["x"], inputs["weight"], bias, *factors, *more)
     dx, dp, dlam, dq = svd_linear_group.backward(
-        dy, inputs["x"], h, inputs["weight"], *factors, SCALING, *needs
+        dy, inputs["x"], h, inputs["weight"], *factors, *more, *needs
     )
     named = {"h": h, "dx": dx, "dp": dp, "dlam": dlam}
     named |= {f"y{i}": y for i, y in enumerate(outputs)}
     return named | {f"dq{i}": g for i, g in enumerate(dq)}
 
 
-def check(inputs, dy=None, layout="contiguous"):
+def check(inputs, dy=None, layout="contiguous", tangent=0.0):
     """Everything against the formula in float64, within bands; returns the kernels' names."""
     dy = upstream(inputs, layout) if dy is None else dy
     inputs_of_formula = inputs | {
@@ -79,9 +89,9 @@ def check(inputs, dy=None, layout="contiguous"):
                  for b, w in zip(inputs["bias"], inputs["weight"], strict=True)]
     }  # fmt: skip
     with launches(svd_adapter) as log, launches(svd_linear) as fused, Guarded():
-        out = run(inputs, dy)
-    ref, dtype = expected(inputs_of_formula, dy), inputs["x"].dtype
-    plain = None if dtype == torch.float32 else expected(inputs_of_formula, dy, dtype)
+        out = run(inputs, dy, tangent=tangent)
+    ref, dtype = expected(inputs_of_formula, dy, tangent=tangent), inputs["x"].dtype
+    plain = None if dtype == torch.float32 else expected(inputs_of_formula, dy, dtype, tangent)
     assert_same(out, ref, allowed(dtype, plain, ref))
     return fused + log
 
@@ -122,6 +132,18 @@ def test_rows_and_columns_shared_out(monkeypatch, dtype):
     gpu_like(monkeypatch, svd=LARGE, multiprocessors=12, row_splits=2, block_splits=(2, 2))
     log = check(make(200, 256, (272, 16, 144), dtype=dtype))
     assert log == [*EXPANDED, *BACKWARD, "reduce"]
+
+
+@pytest.mark.parametrize("unused", [(), (1,)])
+@pytest.mark.parametrize("T, dtype", [(17, torch.float32), (200, torch.float16)])
+def test_tangent_gradients(T, dtype, unused):
+    """K and L of each layer, also where Λ is zero, in as many launches."""
+    inputs = make(T, 64, (48, 16, 144), (3, 40, 8), dtype, torch.float32)
+    dy = [None if i in unused else g for i, g in enumerate(upstream(inputs))]
+    log = check(inputs, dy, tangent=TANGENT)
+    apart = ["gradients_dy", "gradients_dy_apart", "gradients_dy"]
+    apart = [name for i, name in enumerate(apart) if i not in unused]
+    assert log == [*EXPANDED, *apart, "gradients_x"] + (["reduce"] if T > 64 else [])
 
 
 @pytest.mark.parametrize("prepare", [True, False])

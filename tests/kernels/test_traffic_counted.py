@@ -166,12 +166,12 @@ def test_bytes_of_the_fused_layer_and_of_its_penalty(monkeypatch):
     gpu_like(monkeypatch, svd=LARGE, multiprocessors=4, column_parts=2)
     T, d_in, d_out, r = 70, 96, 200, 3
     i = make(T, d_in, d_out, r)
-    arguments = (i["x"], i["weight"], None, i["p"], i["lam"], i["q"], 1.0, 0.0, None)
+    arguments = (i["x"], i["weight"], None, i["p"], i["lam"], i["q"], 1.0, 0.0, None, 0.0)
     assert measured(lambda: svd_linear.forward(*arguments, path="fused")) == moved(
         traffic.fused(T, d_in, d_out, r, width=4)
     )
     sizes = {"width": 4, "splits": 2}
-    assert measured(lambda: svd_linear_penalty.forward(*arguments, True)) == moved(
+    assert measured(lambda: svd_linear_penalty.forward(*arguments[:-1], True)) == moved(
         traffic.shrink(T, d_in, r, **sizes) + traffic.gram(d_in, r, splits=2),
         traffic.expand(T, d_out, r, **sizes) + traffic.gram(d_out, r, splits=2),
         traffic.finish(r, splits_p=2, splits_q=2),
@@ -283,7 +283,7 @@ def test_flops():
     T, d_in, d_out, r = 20, 48, 32, 3
     i = make(T, d_in, d_out, r)
     factors, dy = (i["p"], i["lam"], i["q"]), torch.randn(T, d_out)
-    more = (1.0, 0.0, None)
+    more = (1.0, 0.0, None, 0.0)
     assert (
         flops_of(lambda: linear_op._forward(i["x"], i["weight"], None, *factors, *more))
         == (

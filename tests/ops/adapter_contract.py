@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from .adapter_cases import DTYPES, FACTORS, LAYOUTS, RANKS, SCALING, AdapterCases, make_mask, seed
+from .tangent_contract import TangentContract
 from .util import EXACT, CountCalls, allocations, assert_same, bounds, laid_out, results, values
 
 
@@ -289,10 +290,10 @@ class DropoutContract(AdapterCases):
 class LibraryContract(AdapterCases):
     """torch.library, torch.compile, memory."""
 
-    def arguments(self, inputs, dropout=0.0):
+    def arguments(self, inputs, dropout=0.0, tangent=0.0):
         """What the public function passes to the registered operator."""
         named = seed(2) if dropout else None
-        return (*(inputs[n] for n in self.names), SCALING, dropout, named)
+        return (*(inputs[n] for n in self.names), SCALING, dropout, named, tangent)
 
     @pytest.mark.parametrize(
         "options",
@@ -317,11 +318,13 @@ class LibraryContract(AdapterCases):
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
     def test_opcheck_backward(self, needs, dropout):
         inputs = self.make((2, 3))
-        *_, named = self.arguments(inputs, dropout)
+        *_, named, tangent = self.arguments(inputs, dropout)
         h = values(6, 3)
         base = [inputs[n] for n in self.base if n == "weight"]
         arguments = (self.upstream(inputs), inputs["x"], h, *base, *(inputs[n] for n in FACTORS))
-        torch.library.opcheck(self.backward.default, (*arguments, SCALING, dropout, named, *needs))
+        torch.library.opcheck(
+            self.backward.default, (*arguments, SCALING, dropout, named, tangent, *needs)
+        )
 
     def test_compile(self):
         self.check_compiled(self.call(make_mask("some", 3)), self.make())
@@ -387,7 +390,7 @@ class LibraryContract(AdapterCases):
         assert sorted(t.numel() for t in extra) == ([1, 150] if dropout else [150])
 
 
-class AdapterContract(FormulaContract, DropoutContract, LibraryContract):
+class AdapterContract(FormulaContract, DropoutContract, LibraryContract, TangentContract):
     pass
 
 

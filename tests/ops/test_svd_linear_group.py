@@ -9,6 +9,7 @@ from hal_kernels.ops import svd_linear, svd_linear_group, svd_linear_group_refer
 from hal_kernels.ops.svd_linear_group import joined
 
 from .adapter_cases import DTYPES, LAYOUTS, SCALING
+from .tangent_contract import TANGENT, tangent_results
 from .util import (
     DEVICE,
     EXACT,
@@ -51,11 +52,11 @@ def layers_of(inputs):
     return {name: [inputs[f"{name}{i}"] for i in range(count)] for name in NAMES}
 
 
-def call(scaling=SCALING, used=None, function=svd_linear_group):
+def call(scaling=SCALING, used=None, function=svd_linear_group, **more):
     """The operator as a function of named tensors: the outputs (of layers `used`) side by side."""
 
     def run(x, **inputs):
-        outputs = function(x, **layers_of(inputs), scaling=scaling)
+        outputs = function(x, **layers_of(inputs), scaling=scaling, **more)
         return torch.cat([y for i, y in enumerate(outputs) if used is None or i in used], -1)
 
     return run
@@ -157,6 +158,39 @@ def test_factors_of_another_dtype(factors):
     ref = results(formula(), inputs, dy, cast=torch.float64)
     plain = results(formula(dtype=torch.bfloat16), inputs, dy)
     assert_same(results(call(), inputs, dy), ref, bounds(torch.bfloat16, plain, ref))
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (0, 2)])
+@pytest.mark.parametrize("ranks", [(3, 2, 4), (3, 0, 40), (64, 40, 24)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tangent_gradients(dtype, ranks, used):
+    """K and L of each layer, whatever its Λ is; all else is as it was, bit for bit."""
+    inputs = make((3, 7), ranks=ranks, dtype=dtype, factors=torch.float32)
+    inputs |= {"lam0": inputs["lam0"] * 0}
+    wanted = ["x", *(n for n in inputs if n[:-1] in ("p", "q"))]
+    dy = upstream(inputs, used=used)
+    out = results(call(used=used, tangent=TANGENT), inputs, dy, wanted)
+    own = results(call(used=used), inputs, dy, wanted)
+    same = [n for n in out if n[0] not in "pq"]
+    assert_same({n: out[n] for n in same}, {n: own[n] for n in same}, 0.0)
+    split = dict(zip(used, dy.split([(7, 4, 9)[i] for i in used], -1), strict=True))
+    for i in range(3):
+        found = {n: out[f"{n}{i}"] for n in "pq"}
+        if i not in used:
+            assert all((g == 0).all() for g in found.values())
+            continue
+        own = {"x": inputs["x"], "p": inputs[f"p{i}"], "q": inputs[f"q{i}"]}
+        ref = tangent_results(own, split[i])
+        plain = tangent_results(own, split[i], dtype)
+        assert_same(found, ref, bounds(dtype, plain, ref))
+
+
+def test_a_tangent_gradient_of_lam_does_not_exist():
+    inputs = {n: t.detach().requires_grad_() for n, t in make().items()}
+    out = call(tangent=TANGENT)(**inputs).sum()
+    found = torch.autograd.grad(out, [*inputs.values()], allow_unused=True)
+    without = [n for n, g in zip(inputs, found, strict=True) if g is None]
+    assert without == ["lam0", "lam1", "lam2"]
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (0, 2)])
@@ -279,7 +313,7 @@ def test_double_backward_is_an_error():
 def arguments(inputs):
     layers = layers_of(inputs)
     layers["bias"] = [inputs["x"].new_empty(0) if b is None else b for b in layers["bias"]]
-    return (inputs["x"], *(layers[n] for n in NAMES), SCALING)
+    return (inputs["x"], *(layers[n] for n in NAMES), SCALING, 0.0)
 
 
 @pytest.mark.parametrize("leading", [(5,), (2, 0)])
@@ -296,18 +330,23 @@ def test_opcheck_backward(needs):
     layers = layers_of(inputs)
     dy = [values(2, 3, 7), None, values(2, 3, 9)]
     factors = [layers[n] for n in ("weight", "p", "lam", "q")]
-    torch.library.opcheck(BACKWARD.default, (dy, inputs["x"], values(6, 9), *factors, 0.5, *needs))
+    for tangent in (0.0, TANGENT):
+        arguments = (dy, inputs["x"], values(6, 9), *factors, 0.5, tangent, *needs)
+        torch.library.opcheck(BACKWARD.default, arguments)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles(dynamic):
+@pytest.mark.parametrize("dynamic, tangent", [(False, 0.0), (True, 0.0), (False, TANGENT)])
+def test_compiles(dynamic, tangent):
     inputs = make((3, 4)) | {"bias0": None}
     torch._dynamo.reset()
-    compiled = torch.compile(call(), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    function = call(tangent=tangent)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    wanted = [n for n in inputs if inputs[n] is not None and not (tangent and n[:-1] == "lam")]
     for rows in (3, 6):
         inputs["x"] = values(rows, 4, 12)
         dy = upstream(inputs)
-        assert_same(results(compiled, inputs, dy), results(call(), inputs, dy), 1e-6)
+        ref = results(function, inputs, dy, wanted)
+        assert_same(results(compiled, inputs, dy, wanted), ref, 1e-6)
 
 
 def test_bitwise_reproducible():
