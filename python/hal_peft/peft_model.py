@@ -15,20 +15,19 @@ from peft.utils import (
     ModulesToSaveWrapper,
 )
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from hal_kernels.compaction import compact_adapter
 from hal_kernels.config import HALConfig, names_layer
 from hal_kernels.export import write_lora
 from hal_kernels.introspection import Factors, adapter_factors, adapter_rank_pattern
 from hal_kernels.nn.adapter import HyperAdapter
-from hal_kernels.nn.linear import HALLinear, LayerSlot, adapted_class, linear_widths
+from hal_kernels.nn.linear import HALLinear, adapted_class, linear_widths
 from hal_kernels.nn.shared_input import SharedInput, find_groups
 from hal_kernels.patching import hook_forward, new_adapter
 from hal_kernels.targets import matches
 
 from .peft_config import HyperAdaLoraConfig, in_peft_names
-from .peft_layer import HyperAdaLoraLinear
+from .peft_layer import AdapterUsers, HyperAdaLoraLinear, PeftSlot
 from .peft_state import LAYERS, REST, State, by_layer, packed, resize
 from .quantized import is_quantized
 
@@ -63,7 +62,6 @@ class HyperAdaLoraModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.hal_adapters = nn.ModuleDict()
-        self._handles: dict[str, list[RemovableHandle]] = {}
         self._pending: _Pending | None = None
 
     # -- making an adapter -----------------------------------------------------------------------
@@ -132,6 +130,7 @@ class HyperAdaLoraModel(BaseTuner):
         Raises:
             ValueError: a layer or the adapter's name does not allow it. Nothing was changed.
         """
+        active = self.active_adapters
         if new.all_linear:
             found = set(new.targets)
             new.config.target_modules = found
@@ -157,48 +156,28 @@ class HyperAdaLoraModel(BaseTuner):
         plain = [v for v in layers.values() if adapted_class(v.base_layer) is HALLinear]
         groups = [SharedInput(members) for members in find_groups(self.model, plain)]
         shared = {id(member): group for group in groups for member in group.layers}
+        self.hal_adapters[new.name] = adapter
+        handles = hook_forward(self.model, adapter, groups)
+        users = AdapterUsers(self.hal_adapters, new.name, handles)
         for index, layer in enumerate(layers.values()):
             kind = type(layer.base_layer)
-            layer.add_slot(new.name, LayerSlot(adapter, index, kind, shared.get(id(layer))))
-            layer.set_adapter(self.active_adapters)
-        self.hal_adapters[new.name] = adapter
-        self._handles[new.name] = hook_forward(self.model, adapter, groups)
-        self._settle()
-
-    def _settle(self) -> None:
-        """Let each adapter take part in forward passes only if it is active, enabled, unmerged."""
-        layers = [m for m in self.model.modules() if isinstance(m, HyperAdaLoraLinear)]
-        working: set[str] = set()
-        for layer in layers:
-            if not layer.disable_adapters and not layer.merged:
-                working.update(layer.active_adapters)
-        for name in self.hal_adapters:
-            self._adapter(name).disabled = name not in working
+            slot = PeftSlot(adapter, index, kind, shared.get(id(layer)), users=users)
+            layer.add_slot(new.name, slot)
+            layer.set_adapter(active)
 
     # -- what PEFT's users call ------------------------------------------------------------------
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_name, inference_mode)
-        self._settle()
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        if not enabled:  # as PEFT's layers do at their next forward
-            for module in self.model.modules():
-                if isinstance(module, HyperAdaLoraLinear):
-                    module.unmerge()
-        super()._enable_adapter_layers(enabled)
-        self._settle()
+    @property
+    def active_adapters(self) -> list[str]:
+        """Those of the layers, where `peft.functional` sets them; the tuner is not told of it."""
+        layer = next((m for m in self.model.modules() if isinstance(m, HyperAdaLoraLinear)), None)
+        return super().active_adapters if layer is None else list(layer.active_adapters)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
         self._expect_mergeable(adapter_names, safe_merge, stacklevel=3)
         super().merge_adapter(adapter_names, safe_merge)
-        self._settle()
-
-    def unmerge_adapter(self) -> None:
-        super().unmerge_adapter()
-        self._settle()
 
     def _unload_and_optionally_merge(  # type: ignore[override] # PEFT's annotation says None
         self,
@@ -207,15 +186,15 @@ class HyperAdaLoraModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        layers = [m for m in self.model.modules() if isinstance(m, HyperAdaLoraLinear)]
         if merge:
             self._expect_mergeable(adapter_names, safe_merge, stacklevel=4)
         else:
-            for module in self.model.modules():
-                if isinstance(module, HyperAdaLoraLinear):
-                    module.unmerge()
+            for layer in layers:
+                layer.unmerge()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        for name in list(self.hal_adapters):
-            self._drop(name)
+        for layer in layers:
+            layer.leave_adapters()
         return self.model
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -253,16 +232,6 @@ class HyperAdaLoraModel(BaseTuner):
                 "rounding errors",
                 stacklevel=stacklevel,
             )
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._drop(adapter_name)
-        self._settle()
-
-    def _drop(self, name: str) -> None:
-        for handle in self._handles.pop(name):
-            handle.remove()
-        del self.hal_adapters[name]
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: there is no mean of hypernetworks, nor of factors in SVD form.
