@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _find_minimal_target_modules
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
     ModulesToSaveWrapper,
 )
+from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
 
 from hal_kernels.compaction import compact_adapter
@@ -28,6 +29,7 @@ from hal_kernels.targets import matches
 
 from .peft_config import HyperAdaLoraConfig, in_peft_names
 from .peft_layer import AdapterUsers, HyperAdaLoraLinear, PeftSlot
+from .peft_names import expect_free_name, is_saved, with_task_heads
 from .peft_state import LAYERS, REST, State, by_layer, packed, resize
 from .quantized import is_quantized
 
@@ -76,6 +78,7 @@ class HyperAdaLoraModel(BaseTuner):
     ) -> None:
         config = self.peft_config[adapter_name]
         _warn_of_unmatched(model, config)
+        config.modules_to_save = with_task_heads(model, config)
         trained = [p for p in self.hal_adapters.parameters() if p.requires_grad]
         self._pending = _Pending(adapter_name, config, config.target_modules, low_cpu_mem_usage)
         try:
@@ -90,6 +93,13 @@ class HyperAdaLoraModel(BaseTuner):
             self.hal_adapters.requires_grad_(False)
             for parameter in [*trained, *(p for a in new for p in a.parameters() if trains)]:
                 parameter.requires_grad_(True)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """PEFT's, without all that it is going to train in full: it asks for whole names here."""
+        return not is_saved(peft_config, key) and BaseTuner._check_target_module_exists(
+            peft_config, key
+        )
 
     def _create_and_replace(
         self,
@@ -132,9 +142,8 @@ class HyperAdaLoraModel(BaseTuner):
         """
         active = self.active_adapters
         if new.all_linear:
-            found = set(new.targets)
-            new.config.target_modules = found
-            self.targeted_module_names = [n for n in self.targeted_module_names if n in found]
+            self.targeted_module_names = [n for n in self.targeted_module_names if n in new.targets]
+            new.config.target_modules = _shortened(new.targets, self.model)
         bases = {key: _base(target) for key, target in new.targets.items()}
         widths = {key: linear_widths(base) for key, base in bases.items()}
         device = next(iter(bases.values())).weight.device
@@ -145,9 +154,9 @@ class HyperAdaLoraModel(BaseTuner):
                 widths,
                 torch.device("cpu") if device.type == "meta" else device,
             )
-        parts = {part for key in adapter.state_dict() for part in key.split(".")}
-        if new.name in parts:
-            raise ValueError(f"adapter_name is {new.name!r}, expected none of {sorted(parts)}")
+        expect_free_name(
+            self.model, {**self.hal_adapters, new.name: adapter}, self.peft_config, new.name
+        )
         layers = {
             key: target if isinstance(target, HyperAdaLoraLinear) else HyperAdaLoraLinear(target)
             for key, target in new.targets.items()
@@ -391,6 +400,16 @@ def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
 
 def _base(target: nn.Module) -> Any:
     return target.base_layer if isinstance(target, HyperAdaLoraLinear) else target
+
+
+def _shortened(targets: Iterable[str], model: nn.Module) -> set[str]:
+    """Endings of names that mean these layers and no other module, where PEFT shortens them too."""
+    found = set(targets)
+    if len(found) < MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        return found
+    others = {name for name, _ in model.named_modules()} - found
+    shortest: set[str] = _find_minimal_target_modules(found, others)
+    return shortest
 
 
 def _without_unmatched(config: HALConfig, names: Iterable[str]) -> HALConfig:

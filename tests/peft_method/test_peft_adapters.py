@@ -74,14 +74,27 @@ def _folder(path, name):
     return path if name == "default" else path / name
 
 
-@pytest.mark.parametrize("name", ["hypernet", "body", "lam", "mask"])
+@pytest.mark.parametrize("name", ["hypernet", "body", "lam", "mask", "classifier", "weight"])
 def test_names_of_the_adapters_own(name):
     """They would be taken for a part of another adapter's tensors' names."""
     base = MLP.base()
     text = str(base)
     with pytest.raises(ValueError, match=rf"adapter_name is '{name}', expected none of"):
-        peft.get_peft_model(base, plain(hypernet="bert"), name)
+        peft.get_peft_model(base, MLP.config(hypernet="bert"), name)
     assert str(base) == text
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("model", "x"), ("x", "model"), ("x", "hal_adapters"), ("q_16", "x")]
+)
+def test_names_that_can_not_stand_beside_another(first, second):
+    """PEFT would leave the other's tensors out of its file, as the named adapter's."""
+    some = {"target_modules": ["classifier"], "exclude_modules": None} if first == "q_16" else {}
+    model = peft.get_peft_model(MLP.base(), plain(**some), first)
+    text = str(model)
+    with pytest.raises(ValueError, match=f"adapter_name is '{second}': an adapter called"):
+        model.add_adapter(second, MLP.config())
+    assert str(model) == text and list(model.peft_config) == [first]
 
 
 def test_selected_adapters(tmp_path):
