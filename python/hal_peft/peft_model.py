@@ -29,7 +29,7 @@ from hal_kernels.targets import matches
 
 from .peft_config import HyperAdaLoraConfig, in_peft_names
 from .peft_layer import AdapterUsers, HyperAdaLoraLinear, PeftSlot
-from .peft_names import expect_free_name, is_saved, with_task_heads
+from .peft_names import expect_free_name, is_saved, unwrapped_name, with_task_heads
 from .peft_state import LAYERS, REST, State, by_layer, packed, resize
 from .quantized import is_quantized
 
@@ -344,22 +344,46 @@ class HyperAdaLoraModel(BaseTuner):
         unwanted_adapter_names: Sequence[str],
     ) -> State:
         where, tuner = _tuner(model)
-        prefix = f"{where}hal_adapters.{adapter_name}."
-        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        return by_layer(tuner._adapter(adapter_name).layout, own)
+        adapter = tuner._adapter(adapter_name)
+        given = {unwrapped_name(key): value for key, value in state_dict.items()}
+        prefix = unwrapped_name(f"{where}hal_adapters.{adapter_name}.")
+        own = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
+        found = by_layer(adapter.layout, own)
+        if not found:  # filtered already, as what scripts replace `state_dict` by
+            found = {key: value for key, value in given.items() if _is_own(key)}
+            if found and len(tuner.hal_adapters) > 1:
+                raise ValueError(
+                    "state_dict was filtered already and does not say of which adapter; pass the "
+                    "whole model's"
+                )
+        lacking = sorted(by_layer(adapter.layout, adapter.state_dict()).keys() - found.keys())
+        if lacking:
+            raise ValueError(
+                f"state_dict lacks {len(lacking)} tensors of adapter {adapter_name!r}, as "
+                f"{lacking[0]!r}: it would not load; pass the whole model's state dict"
+            )
+        # PEFT takes the modules trained in full from the same dictionary, by their names here.
+        for name, module in model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                within = f"modules_to_save.{adapter_name}."
+                here, there = name.removeprefix("_fsdp_wrapped_module."), unwrapped_name(name)
+                for key in module.modules_to_save[adapter_name].state_dict():
+                    value = given.get(f"{there}.{within}{key}", given.get(f"{there}.{key}"))
+                    if value is not None:
+                        state_dict.setdefault(f"{here}.{within}{key}", value)
+        return found
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        if _is_own(key):
-            return key
-        found: str = super()._remove_adapter_name_from_key(key, adapter_name)
-        return found
+        return unwrapped_name(key)  # which holds none: see _get_adapter_state_dict
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: State
     ) -> State:
         where, tuner = _tuner(model)
+        if "_fsdp_wrapped_module." in where:
+            raise ValueError("model is wrapped in FSDP, where only a part would load; load first")
         adapter = tuner._adapter(adapter_name)
         layout, own = packed(adapter, {k: v for k, v in state_dict.items() if _is_own(k)})
         resize(adapter, layout)

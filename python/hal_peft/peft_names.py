@@ -80,6 +80,13 @@ def expect_free_name(
                 )
 
 
+def unwrapped_name(name: str) -> str:
+    """A name in the PEFT model, from the one it has in a wrapper (FSDP, DDP, torch.compile)."""
+    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(part, "")
+    return name.removeprefix("module.")
+
+
 def _parts(model: nn.Module, adapter: nn.Module, config: Any) -> set[str]:
     """Parts of the names that an adapter's tensors have in a checkpoint."""
     keys = list(adapter.state_dict())
