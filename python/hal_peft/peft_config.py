@@ -51,7 +51,7 @@ class HyperAdaLoraConfig(PeftConfig):
             or regular expressions for an ending.
         alpha_pattern: lora_alpha of single layers.
         dtype: of factors and hypernetworks: "float32", "float64" or "bfloat16". They keep it
-            whatever the base model's is.
+            whatever the base model's is, unless autocast_adapter_dtype=False asks for that.
         hypernet, norm_first, update, init, offsets, gamma, penalty, allocation, schedule,
             interval, prune_per_interval, tinit, tfinal, total_step, beta1, beta2, seed,
             skip_nonfinite: as for `hal_kernels.HALConfig`.

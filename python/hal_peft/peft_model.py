@@ -18,7 +18,7 @@ from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
 
 from hal_kernels.compaction import compact_adapter
-from hal_kernels.config import HALConfig, names_layer
+from hal_kernels.config import DTYPES, HALConfig, names_layer
 from hal_kernels.export import write_lora
 from hal_kernels.introspection import Factors, adapter_factors, adapter_rank_pattern
 from hal_kernels.nn.adapter import HyperAdapter
@@ -182,6 +182,9 @@ class HyperAdaLoraModel(BaseTuner):
         layer = next((m for m in self.model.modules() if isinstance(m, HyperAdaLoraLinear)), None)
         return super().active_adapters if layer is None else list(layer.active_adapters)
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """Nothing: AdaLoRA's callback, which scripts may keep. Steps are noticed without it."""
+
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
@@ -263,7 +266,21 @@ class HyperAdaLoraModel(BaseTuner):
         yield
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Nothing: factors and hypernetworks have the dtype that their config says."""
+        """Factors and hypernetworks have the config's dtype; with False, that of their layers."""
+        layers = (m for m in self.model.modules() if isinstance(m, HyperAdaLoraLinear))
+        dtype = next(m.weight.dtype for m in layers if adapter_name in m.hal_adapters)
+        if autocast_adapter_dtype or not dtype.is_floating_point:
+            return
+        if dtype not in DTYPES.values():
+            warnings.warn(
+                f"hal_peft: autocast_adapter_dtype is False, but adapters can't be {dtype} as the "
+                f"layers are, only one of {list(DTYPES)}; this one keeps the dtype of its config",
+                stacklevel=2,
+            )
+            return
+        adapter = self._adapter(adapter_name).to(dtype)
+        adapter.config = dataclasses.replace(adapter.config, dtype=dtype)
+        self.peft_config[adapter_name].dtype = str(dtype).removeprefix("torch.")
 
     # -- what HyperAdaLoRA adds ------------------------------------------------------------------
 
