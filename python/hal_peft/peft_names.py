@@ -1,6 +1,7 @@
 """Names under PEFT: which modules are trained in full, and which names adapters can have."""
 
 import itertools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,7 +46,17 @@ def with_task_heads(model: nn.Module, config: Any) -> list[str] | None:
         return list(given)
     known = saved_names(config)
     heads = [name for name in task_heads(model) if not name.endswith(known)]
+    heads = [name for name in heads if not _is_targeted(model.get_submodule(name), name, config)]
     return [*(given or []), *heads] or given
+
+
+def _is_targeted(head: nn.Module, name: str, config: Any) -> bool:
+    """Whether `target_modules` gives the whole name of a part of a head: then it is meant."""
+    targets = config.target_modules or ()
+    names = {f"{name}.{part}".rstrip(".") for part, _ in head.named_modules()}
+    if isinstance(targets, str):
+        return not names.isdisjoint(re.sub(r"\\(.)", r"\1", targets).split("|"))
+    return not names.isdisjoint(targets)
 
 
 def saved_names(config: Any) -> tuple[str, ...]:

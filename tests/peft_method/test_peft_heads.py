@@ -126,6 +126,15 @@ def test_other_modules_to_save():
         assert ("bert.pooler.dense" in targets) == (other not in expected)
 
 
+def test_a_head_that_is_targeted_by_its_whole_name():
+    """It is adapted then, as asked for."""
+    vit = zoo.BY_NAME["vit"]
+    for targets in (["classifier", "q_proj"], r"classifier|vit\.layers\.0\.attention\.q_proj"):
+        model = vit.adapted(target_modules=targets, modules_to_save=None)
+        assert "classifier" in model.base_model.targeted_module_names
+        assert model.modules_to_save is None
+
+
 class Named(zoo.Wired):
     """No transformers model; PEFT wraps whatever name ends in "classifier"."""
 
