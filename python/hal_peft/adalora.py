@@ -73,6 +73,8 @@ def load_adalora(
             rank = len(factors[name]["lam"])
             found = own.new_full((rank, *own.shape[1:]), 1.0 if short == "mask" else 0.0)
         state[key] = found
+    for key, saved in _tuner(adapted).saved_modules(adapter_name).items():
+        state |= {f"{LAYERS}{key}.{k}": v for k, v in saved.items()}  # heads left alone
     others = {key: value for key, value in tensors.items() if ".lora_" not in key}
     set_peft_model_state_dict(adapted, state | others, adapter_name)
     return adapted.train(is_trainable)

@@ -42,14 +42,16 @@ class HyperAdaLoraConfig(PeftConfig):
         exclude_modules: names or endings, or a regular expression, left out of `target_modules`.
         lora_alpha: scaling s = lora_alpha / r, constant while pruning goes on.
         lora_dropout: probability of dropping an element of a layer's input, on the adapter's path.
-        modules_to_save: names of modules trained in full and saved with the adapter.
+        modules_to_save: names of modules trained in full and saved with the adapter. None: the
+            task heads that the model has beside its base model, if it is one of transformers'.
+            Those are added to a list, too, with a task type that has a head; [] means none.
         layers_to_transform: indices of the blocks to adapt, with `target_modules` as a list.
         layers_pattern: name of the ModuleList that the indices count in.
         rank_pattern: initial ranks of single layers, instead of `init_r`; keys are names, endings
             or regular expressions for an ending.
         alpha_pattern: lora_alpha of single layers.
         dtype: of factors and hypernetworks: "float32", "float64" or "bfloat16". They keep it
-            whatever the base model's is.
+            whatever the base model's is, unless autocast_adapter_dtype=False asks for that.
         hypernet, norm_first, update, init, offsets, gamma, penalty, allocation, schedule,
             interval, prune_per_interval, tinit, tfinal, total_step, beta1, beta2, seed,
             skip_nonfinite: as for `hal_kernels.HALConfig`.

@@ -1,10 +1,13 @@
 """`HyperAdaLoraLinear`: PEFT's wrapper around a linear layer, on hal_kernels' operators."""
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from hal_kernels.nn.adapter import HyperAdapter
 from hal_kernels.nn.linear import LayerSlot, is_conv1d, is_foreign, linear_widths
@@ -15,6 +18,41 @@ from hal_kernels.ops.svd_linear import fits, svd_linear_of_layer
 from .quantized import dequantize, is_quantized, requantize, restore
 
 Arguments = tuple[LayerFactors, dict[str, Any]]
+
+
+class AdapterUsers:
+    """The layers of one adapter: they decide if it takes part in passes, and how long it lives.
+
+    PEFT activates, disables, merges and deletes adapters layer by layer, not always through the
+    tuner.
+    """
+
+    def __init__(self, owner: nn.ModuleDict, name: str, handles: Iterable[RemovableHandle]) -> None:
+        self.owner, self.name, self.handles = owner, name, list(handles)
+        self._members: set[int] = set()
+        self._working: set[int] = set()
+
+    def settle(self, slot: "PeftSlot", works: bool) -> None:
+        """A layer says whether its output has this adapter's part now."""
+        self._members.add(slot.index)
+        (self._working.add if works else self._working.discard)(slot.index)
+        slot.adapter.disabled = not self._working
+
+    def leave(self, slot: "PeftSlot") -> None:
+        """A layer gives the adapter up; with the last one it is gone."""
+        self.settle(slot, works=False)
+        self._members.remove(slot.index)
+        if not self._members:
+            for handle in self.handles:
+                handle.remove()
+            del self.owner[self.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftSlot(LayerSlot):
+    """A layer's place in an adapter that other layers share."""
+
+    users: AdapterUsers = dataclasses.field(kw_only=True)
 
 
 class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
@@ -38,7 +76,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         self.fan_in_fan_out, self._foreign = is_conv1d(base_layer), is_foreign(base_layer)
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
-        self._slots: dict[str, LayerSlot] = {}
+        self._slots: dict[str, PeftSlot] = {}
         self._unmerged_weight: torch.Tensor | None = None  # on the CPU
 
     @property
@@ -46,13 +84,41 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         """This layer's adapters by name. Made anew each time: the tuner is their one owner."""
         return nn.ModuleDict({name: slot.adapter for name, slot in self._slots.items()})
 
-    def add_slot(self, name: str, slot: LayerSlot) -> None:
+    # -- adapters --------------------------------------------------------------------------------
+
+    def add_slot(self, name: str, slot: PeftSlot) -> None:
         """Give this layer its place in the adapter of this name."""
         self._slots[name] = slot
+        self._settle()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._settle()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:  # as PEFT's layers do at their next forward
+            self.unmerge()
+        super().enable_adapters(enabled)
+        self._settle()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._slots.pop(adapter_name, None)
+        self._leave(adapter_name)
         super().delete_adapter(adapter_name)
+
+    def leave_adapters(self) -> None:
+        """Give up this layer's place in all its adapters, once it is no part of a model."""
+        for name in list(self._slots):
+            self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        slot = self._slots.pop(name, None)
+        if slot is not None:
+            slot.users.leave(slot)
+
+    def _settle(self) -> None:
+        working = self._working_slots()
+        for slot in self._slots.values():
+            slot.users.settle(slot, works=slot in working)
 
     # -- forward ---------------------------------------------------------------------------------
 
@@ -72,7 +138,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         return y
 
     def _fused(
-        self, x: torch.Tensor, slots: list[LayerSlot], found: list[Arguments]
+        self, x: torch.Tensor, slots: list[PeftSlot], found: list[Arguments]
     ) -> torch.Tensor:
         """Base layer and first adapter in one operator, with its siblings' where they may."""
         factors, options = found[0]
@@ -94,7 +160,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
             return None
         return slots[0].arguments(self.training)
 
-    def _working_slots(self) -> list[LayerSlot]:
+    def _working_slots(self) -> list[PeftSlot]:
         if self.disable_adapters or self.merged:
             return []
         return [self._slots[name] for name in self.active_adapters if name in self._slots]
@@ -176,6 +242,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         if self._unmerged_weight is None:
             self._unmerged_weight = old
         self.merged_adapters += names
+        self._settle()
 
     def unmerge(self) -> None:
         """Give the base layer back the weight it had, bit for bit."""
@@ -186,6 +253,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         elif weight is not None:
             layer.weight.data.copy_(weight)
         self._unmerged_weight, self.merged_adapters = None, []
+        self._settle()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

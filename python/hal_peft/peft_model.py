@@ -9,26 +9,27 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _find_minimal_target_modules
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
     ModulesToSaveWrapper,
 )
+from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from hal_kernels.compaction import compact_adapter
-from hal_kernels.config import HALConfig, names_layer
+from hal_kernels.config import DTYPES, HALConfig, names_layer
 from hal_kernels.export import write_lora
 from hal_kernels.introspection import Factors, adapter_factors, adapter_rank_pattern
 from hal_kernels.nn.adapter import HyperAdapter
-from hal_kernels.nn.linear import HALLinear, LayerSlot, adapted_class, linear_widths
+from hal_kernels.nn.linear import HALLinear, adapted_class, linear_widths
 from hal_kernels.nn.shared_input import SharedInput, find_groups
 from hal_kernels.patching import hook_forward, new_adapter
 from hal_kernels.targets import matches
 
 from .peft_config import HyperAdaLoraConfig, in_peft_names
-from .peft_layer import HyperAdaLoraLinear
+from .peft_layer import AdapterUsers, HyperAdaLoraLinear, PeftSlot
+from .peft_names import expect_free_name, is_saved, unwrapped_name, with_task_heads
 from .peft_state import LAYERS, REST, State, by_layer, packed, resize
 from .quantized import is_quantized
 
@@ -63,7 +64,6 @@ class HyperAdaLoraModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.hal_adapters = nn.ModuleDict()
-        self._handles: dict[str, list[RemovableHandle]] = {}
         self._pending: _Pending | None = None
 
     # -- making an adapter -----------------------------------------------------------------------
@@ -78,6 +78,7 @@ class HyperAdaLoraModel(BaseTuner):
     ) -> None:
         config = self.peft_config[adapter_name]
         _warn_of_unmatched(model, config)
+        config.modules_to_save = with_task_heads(model, config)
         trained = [p for p in self.hal_adapters.parameters() if p.requires_grad]
         self._pending = _Pending(adapter_name, config, config.target_modules, low_cpu_mem_usage)
         try:
@@ -92,6 +93,13 @@ class HyperAdaLoraModel(BaseTuner):
             self.hal_adapters.requires_grad_(False)
             for parameter in [*trained, *(p for a in new for p in a.parameters() if trains)]:
                 parameter.requires_grad_(True)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """PEFT's, without all that it is going to train in full: it asks for whole names here."""
+        return not is_saved(peft_config, key) and BaseTuner._check_target_module_exists(
+            peft_config, key
+        )
 
     def _create_and_replace(
         self,
@@ -132,10 +140,10 @@ class HyperAdaLoraModel(BaseTuner):
         Raises:
             ValueError: a layer or the adapter's name does not allow it. Nothing was changed.
         """
+        active = self.active_adapters
         if new.all_linear:
-            found = set(new.targets)
-            new.config.target_modules = found
-            self.targeted_module_names = [n for n in self.targeted_module_names if n in found]
+            self.targeted_module_names = [n for n in self.targeted_module_names if n in new.targets]
+            new.config.target_modules = _shortened(new.targets, self.model)
         bases = {key: _base(target) for key, target in new.targets.items()}
         widths = {key: linear_widths(base) for key, base in bases.items()}
         device = next(iter(bases.values())).weight.device
@@ -146,9 +154,9 @@ class HyperAdaLoraModel(BaseTuner):
                 widths,
                 torch.device("cpu") if device.type == "meta" else device,
             )
-        parts = {part for key in adapter.state_dict() for part in key.split(".")}
-        if new.name in parts:
-            raise ValueError(f"adapter_name is {new.name!r}, expected none of {sorted(parts)}")
+        expect_free_name(
+            self.model, {**self.hal_adapters, new.name: adapter}, self.peft_config, new.name
+        )
         layers = {
             key: target if isinstance(target, HyperAdaLoraLinear) else HyperAdaLoraLinear(target)
             for key, target in new.targets.items()
@@ -157,48 +165,31 @@ class HyperAdaLoraModel(BaseTuner):
         plain = [v for v in layers.values() if adapted_class(v.base_layer) is HALLinear]
         groups = [SharedInput(members) for members in find_groups(self.model, plain)]
         shared = {id(member): group for group in groups for member in group.layers}
+        self.hal_adapters[new.name] = adapter
+        handles = hook_forward(self.model, adapter, groups)
+        users = AdapterUsers(self.hal_adapters, new.name, handles)
         for index, layer in enumerate(layers.values()):
             kind = type(layer.base_layer)
-            layer.add_slot(new.name, LayerSlot(adapter, index, kind, shared.get(id(layer))))
-            layer.set_adapter(self.active_adapters)
-        self.hal_adapters[new.name] = adapter
-        self._handles[new.name] = hook_forward(self.model, adapter, groups)
-        self._settle()
-
-    def _settle(self) -> None:
-        """Let each adapter take part in forward passes only if it is active, enabled, unmerged."""
-        layers = [m for m in self.model.modules() if isinstance(m, HyperAdaLoraLinear)]
-        working: set[str] = set()
-        for layer in layers:
-            if not layer.disable_adapters and not layer.merged:
-                working.update(layer.active_adapters)
-        for name in self.hal_adapters:
-            self._adapter(name).disabled = name not in working
+            slot = PeftSlot(adapter, index, kind, shared.get(id(layer)), users=users)
+            layer.add_slot(new.name, slot)
+            layer.set_adapter(active)
 
     # -- what PEFT's users call ------------------------------------------------------------------
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_name, inference_mode)
-        self._settle()
+    @property
+    def active_adapters(self) -> list[str]:
+        """Those of the layers, where `peft.functional` sets them; the tuner is not told of it."""
+        layer = next((m for m in self.model.modules() if isinstance(m, HyperAdaLoraLinear)), None)
+        return super().active_adapters if layer is None else list(layer.active_adapters)
 
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        if not enabled:  # as PEFT's layers do at their next forward
-            for module in self.model.modules():
-                if isinstance(module, HyperAdaLoraLinear):
-                    module.unmerge()
-        super()._enable_adapter_layers(enabled)
-        self._settle()
+    def update_and_allocate(self, global_step: int) -> None:
+        """Nothing: AdaLoRA's callback, which scripts may keep. Steps are noticed without it."""
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
         self._expect_mergeable(adapter_names, safe_merge, stacklevel=3)
         super().merge_adapter(adapter_names, safe_merge)
-        self._settle()
-
-    def unmerge_adapter(self) -> None:
-        super().unmerge_adapter()
-        self._settle()
 
     def _unload_and_optionally_merge(  # type: ignore[override] # PEFT's annotation says None
         self,
@@ -207,15 +198,15 @@ class HyperAdaLoraModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        layers = [m for m in self.model.modules() if isinstance(m, HyperAdaLoraLinear)]
         if merge:
             self._expect_mergeable(adapter_names, safe_merge, stacklevel=4)
         else:
-            for module in self.model.modules():
-                if isinstance(module, HyperAdaLoraLinear):
-                    module.unmerge()
+            for layer in layers:
+                layer.unmerge()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        for name in list(self.hal_adapters):
-            self._drop(name)
+        for layer in layers:
+            layer.leave_adapters()
         return self.model
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -254,16 +245,6 @@ class HyperAdaLoraModel(BaseTuner):
                 stacklevel=stacklevel,
             )
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._drop(adapter_name)
-        self._settle()
-
-    def _drop(self, name: str) -> None:
-        for handle in self._handles.pop(name):
-            handle.remove()
-        del self.hal_adapters[name]
-
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: there is no mean of hypernetworks, nor of factors in SVD form.
 
@@ -285,7 +266,21 @@ class HyperAdaLoraModel(BaseTuner):
         yield
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Nothing: factors and hypernetworks have the dtype that their config says."""
+        """Factors and hypernetworks have the config's dtype; with False, that of their layers."""
+        layers = (m for m in self.model.modules() if isinstance(m, HyperAdaLoraLinear))
+        dtype = next(m.weight.dtype for m in layers if adapter_name in m.hal_adapters)
+        if autocast_adapter_dtype or not dtype.is_floating_point:
+            return
+        if dtype not in DTYPES.values():
+            warnings.warn(
+                f"hal_peft: autocast_adapter_dtype is False, but adapters can't be {dtype} as the "
+                f"layers are, only one of {list(DTYPES)}; this one keeps the dtype of its config",
+                stacklevel=2,
+            )
+            return
+        adapter = self._adapter(adapter_name).to(dtype)
+        adapter.config = dataclasses.replace(adapter.config, dtype=dtype)
+        self.peft_config[adapter_name].dtype = str(dtype).removeprefix("torch.")
 
     # -- what HyperAdaLoRA adds ------------------------------------------------------------------
 
@@ -366,22 +361,46 @@ class HyperAdaLoraModel(BaseTuner):
         unwanted_adapter_names: Sequence[str],
     ) -> State:
         where, tuner = _tuner(model)
-        prefix = f"{where}hal_adapters.{adapter_name}."
-        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        return by_layer(tuner._adapter(adapter_name).layout, own)
+        adapter = tuner._adapter(adapter_name)
+        given = {unwrapped_name(key): value for key, value in state_dict.items()}
+        prefix = unwrapped_name(f"{where}hal_adapters.{adapter_name}.")
+        own = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
+        found = by_layer(adapter.layout, own)
+        if not found:  # filtered already, as what scripts replace `state_dict` by
+            found = {key: value for key, value in given.items() if _is_own(key)}
+            if found and len(tuner.hal_adapters) > 1:
+                raise ValueError(
+                    "state_dict was filtered already and does not say of which adapter; pass the "
+                    "whole model's"
+                )
+        lacking = sorted(by_layer(adapter.layout, adapter.state_dict()).keys() - found.keys())
+        if lacking:
+            raise ValueError(
+                f"state_dict lacks {len(lacking)} tensors of adapter {adapter_name!r}, as "
+                f"{lacking[0]!r}: it would not load; pass the whole model's state dict"
+            )
+        # PEFT takes the modules trained in full from the same dictionary, by their names here.
+        for name, module in model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                within = f"modules_to_save.{adapter_name}."
+                here, there = name.removeprefix("_fsdp_wrapped_module."), unwrapped_name(name)
+                for key in module.modules_to_save[adapter_name].state_dict():
+                    value = given.get(f"{there}.{within}{key}", given.get(f"{there}.{key}"))
+                    if value is not None:
+                        state_dict.setdefault(f"{here}.{within}{key}", value)
+        return found
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        if _is_own(key):
-            return key
-        found: str = super()._remove_adapter_name_from_key(key, adapter_name)
-        return found
+        return unwrapped_name(key)  # which holds none: see _get_adapter_state_dict
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: State
     ) -> State:
         where, tuner = _tuner(model)
+        if "_fsdp_wrapped_module." in where:
+            raise ValueError("model is wrapped in FSDP, where only a part would load; load first")
         adapter = tuner._adapter(adapter_name)
         layout, own = packed(adapter, {k: v for k, v in state_dict.items() if _is_own(k)})
         resize(adapter, layout)
@@ -422,6 +441,16 @@ def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
 
 def _base(target: nn.Module) -> Any:
     return target.base_layer if isinstance(target, HyperAdaLoraLinear) else target
+
+
+def _shortened(targets: Iterable[str], model: nn.Module) -> set[str]:
+    """Endings of names that mean these layers and no other module, where PEFT shortens them too."""
+    found = set(targets)
+    if len(found) < MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        return found
+    others = {name for name, _ in model.named_modules()} - found
+    shortest: set[str] = _find_minimal_target_modules(found, others)
+    return shortest
 
 
 def _without_unmatched(config: HALConfig, names: Iterable[str]) -> HALConfig:

@@ -78,6 +78,25 @@ def test_there_and_back(case, steps, tmp_path):
     assert zoo.relative_error(zoo.logits(back, batch), expected) < CLOSE
 
 
+@pytest.mark.parametrize(
+    ("case", "targets"),
+    [("vit", ["q_proj"]), ("vit", ["q_proj", "classifier"]), ("deberta", ["pooler.dense"])],
+)
+def test_heads_that_were_not_trained_in_full(case, targets, tmp_path):
+    """AdaLoRA leaves heads that PEFT does not know alone, or adapts them: both are kept."""
+    case = zoo.BY_NAME[case]
+    theirs = adalora(case, target_modules=targets, modules_to_save=None)
+    batch = case.batch(theirs)
+    train_adalora(theirs, batch, STEPS)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = hal_peft.load_adalora(case.base(), tmp_path / "theirs")
+    expected = zoo.logits(theirs, batch)
+    assert zoo.relative_error(zoo.logits(ours, batch), expected) < CLOSE
+    hal_peft.export_adalora(ours, tmp_path / "back")
+    back = peft.PeftModel.from_pretrained(case.base(), tmp_path / "back", is_trainable=True).eval()
+    assert zoo.relative_error(zoo.logits(back, batch), expected) < CLOSE
+
+
 @pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_export_of_any_adapter(hypernet, tmp_path):
     """Pruned to nothing in one layer, more than one scaling and rank: outputs stay equal."""

@@ -5,10 +5,12 @@ import copy
 import peft
 import pytest
 import torch
+from peft import functional
 from safetensors.torch import load_file, save_file
 from training import trainable
 
 import hal_kernels
+from hal_peft.peft_layer import HyperAdaLoraLinear
 
 from . import zoo
 
@@ -72,14 +74,27 @@ def _folder(path, name):
     return path if name == "default" else path / name
 
 
-@pytest.mark.parametrize("name", ["hypernet", "body", "lam", "mask"])
+@pytest.mark.parametrize("name", ["hypernet", "body", "lam", "mask", "classifier", "weight"])
 def test_names_of_the_adapters_own(name):
     """They would be taken for a part of another adapter's tensors' names."""
     base = MLP.base()
     text = str(base)
     with pytest.raises(ValueError, match=rf"adapter_name is '{name}', expected none of"):
-        peft.get_peft_model(base, plain(hypernet="bert"), name)
+        peft.get_peft_model(base, MLP.config(hypernet="bert"), name)
     assert str(base) == text
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("model", "x"), ("x", "model"), ("x", "hal_adapters"), ("q_16", "x")]
+)
+def test_names_that_can_not_stand_beside_another(first, second):
+    """PEFT would leave the other's tensors out of its file, as the named adapter's."""
+    some = {"target_modules": ["classifier"], "exclude_modules": None} if first == "q_16" else {}
+    model = peft.get_peft_model(MLP.base(), plain(**some), first)
+    text = str(model)
+    with pytest.raises(ValueError, match=f"adapter_name is '{second}': an adapter called"):
+        model.add_adapter(second, MLP.config())
+    assert str(model) == text and list(model.peft_config) == [first]
 
 
 def test_selected_adapters(tmp_path):
@@ -117,6 +132,55 @@ def test_delete_adapter():
     model.delete_adapter("default")
     assert torch.equal(zoo.logits(model.base_model.model, MLP.batch(model)), base)
     assert not any("hal_" in name for name, _ in model.named_parameters())
+
+
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, HyperAdaLoraLinear)]
+
+
+def test_adapters_set_on_the_layers():
+    """By `peft.functional` or one by one, past the tuner: outputs are as by the tuner's methods."""
+    model = mlp()
+    model.add_adapter("other", plain(r=3))
+    batch, expected = MLP.batch(model), {}
+    base = zoo.logits(MLP.base(), batch)
+    for name in ("default", "other"):
+        zoo.perturb(model, name)
+        model.set_adapter(name)
+        expected[name] = zoo.logits(model, batch)
+    model.base_model.set_adapter(["default", "other"])
+    both = zoo.logits(model, batch)
+
+    functional.set_adapter(model, "default")
+    assert torch.equal(zoo.logits(model, batch), expected["default"])
+    assert model.active_adapters == ["default"]
+    assert hal_kernels.rank_pattern(model) == model.rank_pattern() == model.rank_pattern("default")
+    functional.set_adapter(model, ["default", "other"])
+    assert torch.equal(zoo.logits(model, batch), both)
+    model.set_adapter("default")
+    for layer in layers_of(model):
+        layer.set_adapter(["other"])
+    assert torch.equal(zoo.logits(model, batch), expected["other"])
+    for layer in layers_of(model):
+        layer.enable_adapters(False)
+    assert torch.equal(zoo.logits(model, batch), base)
+    assert hal(model).disabled and hal(model, "other").disabled
+    for layer in layers_of(model):
+        layer.enable_adapters(True)
+        layer.merge()
+    assert zoo.relative_error(zoo.logits(model, batch), expected["other"]) < 1e-6
+    for layer in layers_of(model):
+        layer.unmerge()
+    copied = copy.deepcopy(model)
+    functional.set_adapter(model, "default")
+    assert torch.equal(zoo.logits(copied, batch), expected["other"])
+
+    for each, gone, left in ((model, "other", "default"), (copied, "default", "other")):
+        hooks = len(each.get_base_model()._forward_hooks)
+        functional.delete_adapter(each, gone, prefix="hal_")
+        assert torch.equal(zoo.logits(each, batch), expected[left])
+        assert list(each.base_model.hal_adapters) == [left]
+        assert len(each.get_base_model()._forward_hooks) == hooks - 1
 
 
 def test_loading_beside_one_that_trains(tmp_path):

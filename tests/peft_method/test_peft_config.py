@@ -6,6 +6,7 @@ import inspect
 import peft
 import pytest
 import torch
+import transformers as hf
 from peft import mapping
 from torch import nn
 
@@ -16,6 +17,7 @@ from hal_peft.peft_config import HAL_OPTIONS
 from . import zoo
 
 BERT, MLP, LLAMA = (zoo.BY_NAME[name] for name in ("bert", "mlp", "llama"))
+LONG = {**zoo.ENDS, "num_hidden_layers": 3}
 
 
 def test_registered():
@@ -191,6 +193,43 @@ def test_attention_that_reads_a_weight():
         peft.get_peft_model(
             nn.TransformerEncoderLayer(16, 2, 24), HyperAdaLoraConfig(target_modules=["out_proj"])
         )
+
+
+def test_all_linear_is_saved_in_short():
+    """Where PEFT's LoRA shortens a list of names: in models of some layers."""
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 10)
+    model = peft.get_peft_model(stack, HyperAdaLoraConfig(r=2, hypernet="direct"))
+    assert model.peft_config["default"].target_modules == {"linear1", "linear2"}
+    assert len(model.base_model.targeted_module_names) == 20
+    long = zoo.made(type(LLAMA.base()), lambda: hf.LlamaConfig(**zoo.DECODER | LONG))()
+    model = peft.get_peft_model(long, HyperAdaLoraConfig(r=2, hypernet="direct"))
+    assert model.peft_config["default"].target_modules == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:hal_peft. autocast_adapter_dtype is False, but")
+@pytest.mark.parametrize(
+    ("layers", "adapters"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float64, torch.float64), (torch.float16, None)],
+)
+def test_dtype_of_the_layers(layers, adapters):
+    """autocast_adapter_dtype=False asks for it; what adapters can't be is said."""
+    model = peft.get_peft_model(MLP.base(dtype=layers), MLP.config(), autocast_adapter_dtype=False)
+    adapter = model.base_model.hal_adapters["default"]
+    expected = adapters or torch.float32
+    assert {p.dtype for p in adapter.parameters()} == {adapter.config.dtype} == {expected}
+    assert model.peft_config["default"].dtype == str(expected).removeprefix("torch.")
+    zoo.train(model, MLP.batch(model), optimizer=torch.optim.SGD)
+    if adapters is None:
+        with pytest.warns(UserWarning, match=r"adapters can't be torch\.float16 as the layers are"):
+            model.add_adapter("other", MLP.config(), autocast_adapter_dtype=False)
+
+
+def test_the_callback_of_adalora():
+    """Scripts that call it after every step go on working."""
+    model = MLP.adapted()
+    assert model.base_model.update_and_allocate(1) is None
 
 
 def test_factors_keep_their_dtype():

@@ -201,7 +201,7 @@ def test_several_adapters(case):
     base = case.base()
     batch = case.batch(base)
     before = zoo.logits(base, batch)
-    alone = {"task_type": None, "modules_to_save": None}  # of which one can be active at a time
+    alone = {"task_type": None, "modules_to_save": []}  # of which one can be active at a time
     model = peft.get_peft_model(base, case.config(**alone))
     zoo.perturb(model)
     first = zoo.logits(model, batch)
