@@ -56,15 +56,23 @@ def gsm8k_exact_match(answers: Sequence[str], references: Sequence[str]) -> floa
 
 
 def humaneval_program(example: Prompted, answer: str) -> str:
-    """The function a model completed, up to the next statement at the margin, and its tests."""
+    """The function a model completed, up to the next statement at the margin."""
     body = _AFTER_FUNCTION.split("\n" + answer, maxsplit=1)[0][1:]
-    return f"{example.prompt}{body}\n\n{example.tests}"
+    return f"{example.prompt}{body}\n"
 
 
 def humaneval_pass_at_1(answers: Sequence[str], examples: Sequence[Prompted]) -> float:
     """Share of programs that pass their tests, with one answer for each. Runs them."""
-    programs = map(humaneval_program, examples, answers)
-    return sum(map(passes, programs)) / len(examples)
+    passed = [
+        passes(
+            humaneval_program(example, answer),
+            example.tests,
+            entry_point=example.entry_point,
+            head=example.head,
+        )
+        for example, answer in zip(examples, answers, strict=True)
+    ]
+    return sum(passed) / len(examples)
 
 
 def judge(

@@ -6,6 +6,10 @@ answer is trained on.
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import reprlib
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,30 +37,51 @@ class Prompted:
     answer: str
     tests: str = ""
     """HumanEval: source that defines ``check(candidate)`` and calls it."""
+    entry_point: str = ""
+    """HumanEval: the name of the function to be completed."""
+    head: str = ""
+    """HumanEval: source of what comes before that function, for the tests to use, and its stub."""
 
 
 def instruction(row: Mapping[str, Any]) -> Prompted:
     """Alpaca, OpenPlatypus, Magpie: ``instruction``, ``output`` or ``response``, even ``input``."""
-    template = _WITH_INPUT if row.get("input") else _ALONE
-    answer = row["output"] if "output" in row else row["response"]
-    prompt = template.format(instruction=row["instruction"], input=row.get("input"))
-    return Prompted(prompt, answer)
+    more = _text(row, "input") if row.get("input") else ""
+    template = _WITH_INPUT if more else _ALONE
+    prompt = template.format(instruction=_text(row, "instruction"), input=more)
+    return Prompted(prompt, _text(row, "output" if "output" in row else "response"))
 
 
 def gsm8k(row: Mapping[str, Any]) -> Prompted:
     """GSM8K: ``question`` and ``answer``, whose last line is ``#### number``."""
-    return Prompted(f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
+    return Prompted(f"Question: {_text(row, 'question')}\nAnswer:", f" {_text(row, 'answer')}")
 
 
 def humaneval(row: Mapping[str, Any]) -> Prompted:
     """HumanEval: a function's head is the prompt, its body the answer."""
-    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-    return Prompted(row["prompt"], row["canonical_solution"], tests)
+    prompt, name = _text(row, "prompt"), _text(row, "entry_point")
+    tests = f"{_text(row, 'test')}\ncheck({name})\n"
+    return Prompted(prompt, _text(row, "canonical_solution"), tests, name, _stub(prompt))
+
+
+def _stub(prompt: str) -> str:
+    with warnings.catch_warnings(action="ignore"):  # of odd escapes in docstrings
+        for source in (prompt, f"{prompt}    pass\n"):
+            with contextlib.suppress(SyntaxError):
+                ast.parse(source)
+                return source
+    raise ValueError(f'"prompt" is {reprlib.repr(prompt)}, expected the head of a Python function')
 
 
 def completion(row: Mapping[str, Any]) -> Prompted:
     """``prompt`` and ``completion``, as they are."""
-    return Prompted(row["prompt"], row["completion"])
+    return Prompted(_text(row, "prompt"), _text(row, "completion"))
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(f'"{column}" is {reprlib.repr(value)}, expected text')
+    return value
 
 
 FORMS: dict[str, Callable[[Mapping[str, Any]], Prompted]] = {
@@ -97,10 +122,8 @@ def prompted(form: str, row: Mapping[str, Any], where: str) -> Prompted:
         ValueError: a column is missing or not text, naming `where`.
     """
     try:
-        example = FORMS[form](row)
+        return FORMS[form](row)
     except KeyError as error:
         raise ValueError(f"{where}: column {error} is missing, expected for {form!r}") from None
-    for part in ("prompt", "answer"):
-        if not isinstance(getattr(example, part), str):
-            raise ValueError(f"{where}: the {part} is {getattr(example, part)!r}, expected text")
-    return example
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

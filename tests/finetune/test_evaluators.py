@@ -10,7 +10,7 @@ from hal_peft import evaluators, finetune_data, prompts
 from hal_peft.code_execution import passes
 from hal_peft.finetune_options import DataOptions, OptionsError
 
-from .tiny import build_tokenizer
+from .tiny import build_tokenizer, write_jsonl
 
 # -- prompts and data ------------------------------------------------------------------------------
 
@@ -134,11 +134,27 @@ def test_train_on_one_set_and_test_on_another(hub):
         finetune_data.load(DataOptions(model="m", dataset="openai_humaneval"), seed=0)
 
 
-def test_rows_that_do_not_fit_name_their_place(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n')
+HUMANEVAL = {"prompt": "def f():", "canonical_solution": "", "test": "", "entry_point": "f"}
+
+
+@pytest.mark.parametrize(
+    "row, change, message",
+    [
+        ({"prompt": "a", "completion": "b"}, {"completion": 3}, '"completion" is 3, expected text'),
+        ({"question": "a", "answer": "b"}, {"answer": None}, '"answer" is None, expected text'),
+        (
+            {"instruction": "a", "output": "b"},
+            {"instruction": ["a"]},
+            r'"instruction" is \[\'a\'\]',
+        ),
+        ({"instruction": "a", "response": "b"}, {"input": 5}, '"input" is 5'),
+        (HUMANEVAL, {"prompt": "def f)"}, '"prompt" is .*expected the head of a Python function'),
+    ],
+)
+def test_rows_that_do_not_fit_name_their_place(row, change, message, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [row, row | change])
     options = DataOptions(model="m", train_file=str(path), eval_file=str(path))
-    with pytest.raises(OptionsError, match=r"rows\.jsonl:2: the answer is 3, expected text"):
+    with pytest.raises(OptionsError, match=r"rows\.jsonl:2: " + message):
         finetune_data.load(options, seed=0)
 
 
@@ -184,14 +200,17 @@ def test_programs_end_with_their_function():
     example = prompts.Prompted("def f(x):\n", "", "check(f)\n")
     answer = "    y = x\n\n    return y\n\nprint(f(3))\ndef g():\n    pass\n"
     program = evaluators.humaneval_program(example, answer)
-    assert program == "def f(x):\n    y = x\n\n    return y\n\n\ncheck(f)\n"
+    assert program == "def f(x):\n    y = x\n\n    return y\n\n"
 
 
 @pytest.mark.parametrize("body, expected", [("    return x + 1\n", 1.0), ("    return x\n", 0.0)])
-def test_pass_at_1(body, expected):
+@pytest.mark.parametrize("doc", ["", '    """Add one."""\n'])
+def test_pass_at_1(doc, body, expected):
+    """Tests use what the prompt imports and defines, as HumanEval's do."""
     row = {
-        "prompt": "def add(x):\n", "canonical_solution": "    return x + 1\n", "entry_point": "add",
-        "test": "def check(candidate):\n    assert candidate(1) == 2\n",
+        "prompt": f"import math\ndef two():\n    return 2\n\ndef add(x):\n{doc}",
+        "canonical_solution": "    return x + 1\n", "entry_point": "add",
+        "test": "def check(candidate):\n    assert candidate(1) == two() == math.ceil(add(0.5))\n",
     }  # fmt: skip
     assert evaluators.humaneval_pass_at_1([body], [prompts.humaneval(row)]) == expected
 
@@ -213,48 +232,109 @@ def test_answers_do_not_depend_on_their_batch(llama_folder):
 
 # -- programs --------------------------------------------------------------------------------------
 
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc"), reason="there is no /proc")
+ADDS = "\ndef f(x):\n    return x + 1\n"
+LOOKS = """
+import gc, os, sys
+seen = [open(f"/proc/{pid}/cmdline").read() for pid in ("self", os.getppid())] + sys.argv
+frame = sys._getframe()
+while frame:
+    seen += [repr(frame.f_locals), repr(frame.f_globals)]
+    frame = frame.f_back
+seen += [o for o in gc.get_objects() if isinstance(o, str)]
+assert not any("assert " + "f(1)" in text for text in seen)
+"""
+WRITES = """
+import contextlib, os
+for descriptor in range(20):
+    with contextlib.suppress(OSError):
+        os.write(descriptor, b'{"value": 2}' + bytes([10]))
+os._exit(0)
+"""
+
+
+def runs(program, tests="assert f(1) == 2 and f(5) == 6", **options):
+    pytest.importorskip("resource")
+    return passes(program, tests, entry_point="f", memory_mb=512, **options)
+
 
 @pytest.mark.parametrize(
-    "source, expected",
+    "program, expected",
     [
-        ("x = 1\nassert x == 1", True),
-        ("import math\nprint(math.pi)", True),
-        ("assert False", False),
+        (ADDS, True),
+        ("import math\nprint(math.pi)" + ADDS, True),
+        ("import os\nassert 'SECRET' not in os.environ" + ADDS, True),
+        ("def f(x):\n    return x", False),
+        ("def f(x):\n    return 2", False),
+        ("assert False" + ADDS, False),
         ("syntax error", False),
+        ("x = 1", False),
         ("import sys\nsys.exit(0)", False),
         ("import os\nos._exit(0)", False),
-        ("x = bytearray(1 << 31)", False),
-        ("open('f', 'wb').write(b'x' * (2 << 20))", False),
+        ("import os\ndef f(x):\n    os._exit(0)", False),
+        ("import os, signal\nos.kill(os.getppid(), signal.SIGTERM)" + ADDS, False),
+        # Objects that equal everything are no plain data, and do not reach the tests.
+        ("class C:\n    __eq__ = lambda *_: True\ndef f(x):\n    return C()", False),
+        ("class C(int):\n    __eq__ = lambda *_: True\ndef f(x):\n    return C()", False),
+        ("import builtins\nbuiltins.AssertionError = None\ndef f(x):\n    return 3", False),
+        pytest.param(LOOKS + ADDS, True, marks=needs_proc),
+        (WRITES, False),
+        ("x = bytearray(1 << 31)" + ADDS, False),
+        ("def f(x):\n    return 'x' * (1 << 28)", False),
+        ("open('f', 'wb').write(b'x' * (2 << 20))" + ADDS, False),
         ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))", False),
-        ("import os\nassert 'SECRET' not in os.environ", True),
     ],
 )
-def test_programs(source, expected, monkeypatch):
-    pytest.importorskip("resource")
+def test_programs(program, expected, monkeypatch):
     monkeypatch.setenv("SECRET", "1")
-    assert passes(source, memory_mb=512) is expected
+    assert runs(program) is expected
 
 
-def test_a_program_that_hangs_ends_with_what_it_started(tmp_path):
-    pytest.importorskip("resource")
-    note = tmp_path / "pid"
-    source = f"""
+def test_what_passes_between_tests_and_program():
+    """Plain data keep their types, and exceptions theirs."""
+    values = "[None, True, 3, 2.5, float('inf'), 1j, 'ä', (1, [2]), {3: {4}}, {frozenset({5})}]"
+    tests = f"for v in {values}:\n    assert f(v) == v and type(f(v)) is type(v), v"
+    assert runs("def f(x):\n    return x", tests)
+    assert runs("def f(*, x):\n    yield from x", "assert tuple(f(x=[1, 2])) == (1, 2)")
+    tests = "try:\n    f(1)\nexcept KeyError:\n    pass\nelse:\n    assert False"
+    assert runs("def f(x):\n    return {}[x]", tests)
+    assert not runs(ADDS, tests)
+    head = "import math\ndef half(x):\n    return x / 2\n"
+    assert runs(head + "def f(x):\n    return half(x)", "assert f(3) == half(3)", head=head)
+
+
+@needs_proc
+@pytest.mark.parametrize("hangs", [False, True])
+def test_nothing_that_a_program_started_is_left(hangs, tmp_path):
+    """Neither its child, nor one in another session, nor an orphan; and the wait is short."""
+    program = f"""
 import os, time
-child = os.fork()
-if child == 0:
-    time.sleep(60)
-open({str(note)!r}, "w").write(str(child))
-time.sleep(60)
+def start(leave, orphan=False):
+    if os.fork() == 0:
+        leave()
+        if orphan and os.fork():
+            os._exit(0)
+        open(os.path.join({str(tmp_path)!r}, str(os.getpid())), "w").close()
+        time.sleep(60)
+start(lambda: None)
+start(os.setsid)
+start(os.setsid, orphan=True)
+while len(os.listdir({str(tmp_path)!r})) < 3:
+    time.sleep(0.01)
+{"time.sleep(60)" if hangs else ""}
 """
     start = time.monotonic()
-    assert not passes(source, seconds=1.5)
-    assert time.monotonic() - start < 10
-    child = int(note.read_text())
-    for _ in range(50):
-        if not _alive(child):
-            return
-        time.sleep(0.1)
-    raise AssertionError("the program's child is still there")
+    assert runs(program + ADDS, seconds=2.0) is not hangs
+    assert time.monotonic() - start < 4
+    assert len(list(tmp_path.iterdir())) == 3
+    assert not [path.name for path in tmp_path.iterdir() if _alive(int(path.name))]
+
+
+def test_a_judge_that_is_stopped_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("hal_peft.code_execution._GRACE", 0.5)
+    start = time.monotonic()
+    assert not runs("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)", seconds=0.5)
+    assert time.monotonic() - start < 3
 
 
 def _alive(pid):
@@ -262,4 +342,4 @@ def _alive(pid):
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
-        return os.path.exists("/proc") is False
+        return False

@@ -144,7 +144,7 @@ def test_humaneval_runs_programs_only_with_leave(
     from hal_peft import evaluators
 
     ran = []
-    monkeypatch.setattr(evaluators, "passes", lambda program: ran.append(program) or True)
+    monkeypatch.setattr(evaluators, "passes", lambda program, *_, **__: ran.append(program) or True)
     row = {
         "prompt": "def f():\n", "canonical_solution": "    return 1\n", "entry_point": "f",
         "test": "def check(candidate):\n    assert candidate() == 1\n",
