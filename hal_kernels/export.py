@@ -15,8 +15,9 @@ from torch import nn
 
 from .checkpoint import serialized, write_atomically
 from .introspection import Factors, factors
+from .nn.linear import is_conv1d
 from .patching import adapted_layers, enabled_adapter, owner_of, saved_modules
-from .targets import is_conv1d_class, matches
+from .targets import matches
 
 PREFIX = "base_model.model."
 
@@ -49,7 +50,7 @@ def export_lora(
         factors(owner),
         owner,
         dropout=config.dropout,
-        fan_in_fan_out={name for name, layer in layers.items() if is_conv1d_class(layer)},
+        fan_in_fan_out={name for name, layer in layers.items() if is_conv1d(layer)},
         saved_modules={name: module.state_dict() for name, module in saved_modules(owner)},
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,

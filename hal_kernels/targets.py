@@ -198,11 +198,4 @@ def base_weight(layer: AdaptedLayer) -> torch.Tensor:
     """The layer's weight as ``[d_out, d_in]``: a view."""
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
-    return weight.t() if is_conv1d_class(layer) else weight
-
-
-def is_conv1d_class(layer: nn.Module) -> bool:
-    """Whether a layer is, or was before patching, transformers' Conv1D."""
-    slot = getattr(layer, "_hal", None)
-    kind = type(layer) if slot is None else slot.original_class
-    return kind.__name__ == "Conv1D" or is_conv1d(layer)
+    return weight.t() if is_conv1d(layer) else weight

@@ -224,9 +224,11 @@ def _new_layer(mixin: Any, base: Any) -> nn.Module:
 def adapted_class(layer: nn.Module) -> type[nn.Module] | None:
     """The class that adapts `layer` when it becomes its class; None if it can't be adapted."""
     kind = type(layer)
+    if isinstance(layer, AdaptedLayer):
+        return None
     if is_conv1d(layer):
         return _adapted_class(_Conv1DForward, cast(Hashable, kind))
-    if not isinstance(layer, nn.Linear) or isinstance(layer, AdaptedLayer):
+    if not isinstance(layer, nn.Linear):
         return None
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None  # nn.MultiheadAttention reads its weight and never calls it
@@ -236,8 +238,10 @@ def adapted_class(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether `layer` is transformers' Conv1D (recognised without importing transformers)."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "weight")
+    """Whether a layer, adapted or not, is transformers' Conv1D (which is not imported for it)."""
+    slot = getattr(layer, "_hal", None)
+    kind = type(layer) if slot is None else slot.original_class
+    return kind.__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "weight")
 
 
 def is_foreign(layer: nn.Module) -> bool:
@@ -247,7 +251,7 @@ def is_foreign(layer: nn.Module) -> bool:
 
 
 def linear_widths(layer: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a layer that `adapted_class` accepts."""
+    """(d_in, d_out) of a layer that is adapted, or that `adapted_class` accepts."""
     if is_conv1d(layer):
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
