@@ -13,7 +13,7 @@ from .ops._library import expect_number
 from .ops.orthogonality_penalty import KINDS as PENALTIES
 
 HYPERNETS = ("bert", "mlp", "cnn", "direct")
-UPDATES = ("anchor", "replace", "residual")
+UPDATES = ("anchor", "replace", "residual", "spectral")
 INITS = ("gradient", "random")
 OFFSETS = ("none", "lam", "all")
 ALLOCATIONS = ("sensitivity", "ema", "magnitude")
@@ -40,12 +40,16 @@ class HALConfig:
             "auto": the task heads of transformers' models, whatever the checkpoint that the model
             was loaded from did not hold, and modules called "classifier", "score" or "qa_outputs".
         hypernet: generator of the factors: "bert" (the paper's), "mlp", "cnn" (its ablation), or
-            "direct": P, Λ, Q are the parameters themselves (AdaLoRA).
+            "direct": P, Λ, Q are the parameters themselves (AdaLoRA). None: "direct" with
+            update="spectral", else "bert".
         norm_first: LayerNorm before attention and before the inner layer (pre-LN) instead of after
             each (post-LN, the paper's). Unused by all but "bert".
         update: how a hypernetwork's output becomes the factors: "anchor" adds it to the initial
             factors (starts as the identity), "replace" takes it as it is (the paper's literal
-            rule), "residual" adds it to the last factors. Unused by "direct".
+            rule), "residual" adds it to the last factors. Unused by "direct". Or how factors move
+            that nothing generates: "spectral" takes steps of unit spectral norm along the matrices
+            of rank r (`ops.spectral_step_`), which keep P and Q orthonormal, at the learning rate
+            of the optimizer that holds them; that optimizer keeps no moments of them.
         init: where P and Q start: "gradient" takes the top singular vectors of the weights'
             gradients in the first four optimizer steps (fewer if ranks are allocated before),
             which move nothing else of the adapter (docs/convergence.md); "random" takes Gaussian
@@ -86,7 +90,7 @@ class HALConfig:
     targets: str | Sequence[str] = "all-linear"
     exclude: str | Sequence[str] | None = None
     modules_to_save: str | Sequence[str] | None = AUTO
-    hypernet: str = "bert"
+    hypernet: str | None = None
     norm_first: bool = False
     update: str = "anchor"
     init: str | None = None
@@ -123,8 +127,12 @@ class HALConfig:
                     f"init_rank is {self.init_rank}, expected at least rank = {self.rank}: "
                     "ranks only shrink (init_rank = rank prunes nothing)"
                 )
-        _expect_choice("hypernet", self.hypernet, HYPERNETS)
         _expect_choice("update", self.update, UPDATES)
+        if self.hypernet is None:
+            object.__setattr__(self, "hypernet", "direct" if self.spectral else "bert")
+        _expect_choice("hypernet", self.hypernet, HYPERNETS)
+        if self.spectral:
+            self._expect_spectral()
         if self.init is not None:
             _expect_choice("init", self.init, INITS)
             if self.init == "gradient" and self.hypernet != "direct" and self.update == "replace":
@@ -168,6 +176,25 @@ class HALConfig:
                 raise TypeError(f"{name} is {getattr(self, name)!r}, expected a bool")
         if self.dtype not in DTYPES.values():
             raise ValueError(f"dtype is {self.dtype}, expected one of {list(DTYPES.values())}")
+
+    def _expect_spectral(self) -> None:
+        """Raise ValueError for what has no meaning where factors take spectral steps."""
+        alone = {"hypernet": "direct", "init": "random"}
+        for name, only in alone.items():
+            if getattr(self, name) not in (None, only):
+                raise ValueError(
+                    f'{name} is {getattr(self, name)!r}, expected {only!r} with update="spectral"'
+                )
+        if self.allocation == "ema":
+            raise ValueError(
+                "allocation is 'ema', expected 'sensitivity' or 'magnitude' with "
+                'update="spectral": its directions turn, so their elements have no averages'
+            )
+
+    @property
+    def spectral(self) -> bool:
+        """Whether factors move by spectral steps."""
+        return self.update == "spectral"
 
     @property
     def anchored(self) -> bool:

@@ -26,6 +26,7 @@ from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
 from .processes import all_agree, expect_shared, share_state, world_size
 from .recompute import Regenerate, inside_backward, refuse_reentrant
+from .spectral import TANGENT, Taken, advance
 from .state import State
 from .tensors import all_finite, capturing
 
@@ -33,7 +34,7 @@ from .tensors import all_finite, capturing
 _TRANSIENT = {
     "_live": None, "_depth": 0, "_stray": None, "_recent": None, "_cache": None,
     "_last_views": None, "_skip": False, "_step_begins": True, "last_penalty": None,
-    "shared": False,
+    "shared": False, "_taken": None,
 }  # fmt: skip
 
 _Probed = adder(1.0, copies=True)
@@ -59,6 +60,8 @@ class HyperAdapter(State):
     offsets_p: torch.Tensor
     offsets_lam: torch.Tensor
     offsets_q: torch.Tensor
+    layer_scalings: torch.Tensor  # update="spectral": s of each layer, and of each direction
+    row_scalings: torch.Tensor
 
     _live: Generation | None  # of the forward pass under way
     _depth: int  # nested calls of the model's forward
@@ -67,6 +70,7 @@ class HyperAdapter(State):
     _recent: Packed | None  # values generated last in this step, for the state
     _last_views: list[LayerFactors] | None  # the same, for layers run again by checkpointing
     _skip: bool  # the optimizer step under way is being left out
+    _taken: Taken | None  # update="spectral": what the optimizer under way was kept from
     process_group: Any = None  # of those that train this together; None: the default group, if any
     shared: bool  # every process has the first one's state
     last_penalty: torch.Tensor | None  # γ·penalty in the last training forward's loss, if any
@@ -93,7 +97,12 @@ class HyperAdapter(State):
         self.scalings = [self.config.scaling_of(spec.name) for spec in layout.layers]
         self.initial_rows = self.config.initial_rows(layout.narrowest)
         self.budget = self.config.budget(layout.narrowest)
-        device = self.mask.device
+        device, dtype = self.mask.device, self.mask.dtype
+        if self.config.spectral:
+            scalings = torch.tensor(self.scalings, dtype=dtype, device=device)
+            ranks = torch.tensor(layout.ranks, device=device)
+            self.register_buffer("layer_scalings", scalings, persistent=False)
+            self.register_buffer("row_scalings", scalings.repeat_interleave(ranks), persistent=False)
         index = {"offsets_lam": layout.offsets}
         for name, side in (("p", layout.p), ("q", layout.q)):
             index |= {f"rows_{name}": side.rows, f"positions_{name}": side.positions}
@@ -157,7 +166,7 @@ class HyperAdapter(State):
             return
         self._depth -= 1
         if self._depth == 0:
-            if self._live is not None and self._live.effective.lam.requires_grad:
+            if self._live is not None and self._live.effective.p[0].requires_grad:
                 self._step_begins = False
             self._live = None
 
@@ -167,7 +176,7 @@ class HyperAdapter(State):
             return None
         live = self._live
         if live is not None:
-            if not torch.is_grad_enabled() and live.effective.lam.requires_grad:
+            if not torch.is_grad_enabled() and live.effective.p[0].requires_grad:
                 refuse_reentrant()
             return live.views[index]
         if not torch.is_grad_enabled():
@@ -213,7 +222,8 @@ class HyperAdapter(State):
                 micro-batch pays.
         """
         live = self._live
-        if live is None or self.config.gamma == 0.0 or (counts_once and not self._step_begins):
+        gamma = 0.0 if self.config.spectral else self.config.gamma  # P and Q stay orthonormal
+        if live is None or gamma == 0.0 or (counts_once and not self._step_begins):
             return None
         term = self.penalty(live.effective)
         if not torch.compiler.is_compiling():
@@ -249,18 +259,27 @@ class HyperAdapter(State):
         state = self.packed()
         if self.hypernet is None:
             return state
+        prefix = {"anchor": "anchor_", "residual": ""}.get(self.config.update)
+        base = None if prefix is None else self.packed(prefix)
+        with torch.autocast(self.mask.device.type, enabled=False):
+            return self.hypernet(state, self.mask, self.slots, base, self.offsets())
+
+    @property
+    def slots(self) -> Slots:
+        """Where the rows of each layer's factors lie."""
         layout = self.layout
-        slots = Slots(
+        return Slots(
             (self.rows_p, self.rows_q),
             (self.offsets_p, self.offsets_lam, self.offsets_q),
             (layout.p.counts, layout.q.counts),
             (layout.p.sizes, layout.q.sizes),
             layout.max_rank,
         )
-        prefix = {"anchor": "anchor_", "residual": ""}.get(self.config.update)
-        base = None if prefix is None else self.packed(prefix)
-        with torch.autocast(self.mask.device.type, enabled=False):
-            return self.hypernet(state, self.mask, slots, base, self.offsets())
+
+    @property
+    def tangent(self) -> float:
+        """What the layers' operators scale the gradients of ΔW by that they leave; 0: dP and dQ."""
+        return TANGENT if self.config.spectral and self._alignment is None else 0.0
 
     def _generate_with_graph(self, *, once: bool = True) -> Generation:
         """One generation inside autograd.
@@ -339,6 +358,8 @@ class HyperAdapter(State):
         """Skip the step if a gradient is NaN or Inf."""
         expect_shared(self)
         self.skip_if_nonfinite(p for group in optimizer.param_groups for p in group["params"])
+        if self.config.spectral and self._has_gradient():
+            self._taken = Taken(self, optimizer)
 
     def skip_if_nonfinite(self, parameters: Iterable[torch.Tensor] = ()) -> None:
         """Drop gradients, and leave out the coming advance, if one of them is NaN or Inf.
@@ -360,8 +381,9 @@ class HyperAdapter(State):
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         """Advance the factors and allocate ranks, once per optimizer step that had gradients."""
-        recent = self._recent
+        recent, taken = self._recent, self._taken
         moved = self._has_gradient() and self.watched().lam.grad is not None
+        moved = taken is not None or moved
         if moved and recent is not None and not self._skip:  # else there was nothing to step
             self.steps += 1
             if self.steps == 1:
@@ -376,7 +398,9 @@ class HyperAdapter(State):
                 if not self.direct:
                     torch._foreach_copy_(self.packed().tensors(), recent.tensors())
                 allocate(self)
-        self._skip = False
+                if taken is not None:
+                    advance(self, taken)
+        self._skip, self._taken = False, None
         self._clear_probes()
         self.forget()
 
@@ -384,6 +408,14 @@ class HyperAdapter(State):
         """Drop what belongs to a pass: the next forward begins a new step."""
         self._stray = self._recent = self._cache = self._last_views = None
         self._step_begins = True
+
+    def lam_gradient(self) -> torch.Tensor:
+        """dΛ_eff of the step under way ``[R]``."""
+        if self._taken is not None:
+            return self._taken.lam_gradient(self)
+        gradient = self.watched().lam.grad
+        assert gradient is not None  # or there would be no step
+        return gradient
 
     def watched(self) -> Packed:
         """The leaves whose gradients are those of the factors (of Λ alone unless "ema").
@@ -411,7 +443,7 @@ class HyperAdapter(State):
         As in AdaLoRA, "direct" under the cubic schedule zeroes them at each allocation and lets
         them train on until the last one, so that they may come back.
         """
-        cubic = self.direct and self.config.schedule == "cubic"
+        cubic = self.direct and not self.config.spectral and self.config.schedule == "cubic"
         return not cubic or self.steps >= self.last_allocation
 
     @property

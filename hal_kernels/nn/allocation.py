@@ -142,9 +142,7 @@ def _scores(adapter: "HyperAdapter") -> torch.Tensor:
         scores = adapter.lam.detach().abs()
         average_([scores], adapter.process_group)
     else:
-        gradient = adapter.watched().lam.grad
-        assert gradient is not None  # or there would be no step
-        scores = adapter.lam.detach() * gradient
+        scores = adapter.lam.detach() * adapter.lam_gradient()
         average_([scores], adapter.process_group)
         scores = scores.abs()
     return scores if kept is None else scores.masked_fill_(kept == 0, -torch.inf)

@@ -40,7 +40,8 @@ class LayerSlot:
         if factors is None:
             return None
         dropout = adapter.config.dropout if training else 0.0
-        return factors, {"scaling": adapter.scalings[self.index], "dropout": dropout}
+        scaling, tangent = adapter.scalings[self.index], adapter.tangent
+        return factors, {"scaling": scaling, "dropout": dropout, "tangent": tangent}
 
 
 class AdaptedLayer(nn.Module):
@@ -154,6 +155,7 @@ class HALLinear(AdaptedLayer, nn.Linear):
             "mask": self._buffers["mask"],
             "scaling": self.scaling,
             "dropout": self.dropout if self.training else 0.0,
+            "tangent": 0.0,
         }
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -171,7 +173,9 @@ class HALLinear(AdaptedLayer, nn.Linear):
             p, lam, q = factors
             if slot is None:
                 lam = lam * options["mask"]
-            return svd_linear_of_layer(input, weight, self.bias, p, lam, q, options["scaling"])
+            return svd_linear_of_layer(
+                input, weight, self.bias, p, lam, q, options["scaling"], options["tangent"]
+            )
         return svd_linear(input, weight, self.bias, *factors, **options)
 
     def extra_repr(self) -> str:

@@ -88,6 +88,7 @@ class SharedInput:
         factors: LayerFactors,
         scaling: float,
         dropout: float,
+        tangent: float,
     ) -> torch.Tensor | None:
         """`layer`'s output for `x`; None where it is to be computed alone.
 
@@ -98,13 +99,13 @@ class SharedInput:
             return None
         if index == 0:
             self._drop()
-            return self._compute(x, factors, scaling)
+            return self._compute(x, factors, scaling, tangent)
         if self._waiting is None:
             return None
         return self._waiting.take(index, x, _key(layer, factors))
 
     def _compute(
-        self, x: torch.Tensor, factors: LayerFactors, scaling: float
+        self, x: torch.Tensor, factors: LayerFactors, scaling: float, tangent: float
     ) -> torch.Tensor | None:
         """All outputs; the first layer's is returned, the others wait."""
         leader, every = self.layers[0], [factors]
@@ -118,9 +119,11 @@ class SharedInput:
         p, lam, q = (list(part) for part in zip(*every, strict=True))
         if fits(x, leader.weight):
             # The others' weights have the leader's dtype and device, or they were not ready.
-            outputs = svd_linear_group_of_layers(x, weights, biases, p, lam, q, scaling)
+            outputs = svd_linear_group_of_layers(x, weights, biases, p, lam, q, scaling, tangent)
         else:
-            outputs = svd_linear_group(x, weights, biases, p, lam, q, scaling=scaling)
+            outputs = svd_linear_group(
+                x, weights, biases, p, lam, q, scaling=scaling, tangent=tangent
+            )
         first, *others = outputs
         keys = [_key(layer, own) for layer, own in zip(self.layers, every, strict=True)]
         self._waiting = _Waiting(x, dict(enumerate(others, start=1)), keys)

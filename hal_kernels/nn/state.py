@@ -5,9 +5,9 @@ from torch import nn
 
 from ..config import HALConfig
 from .hypernet import Hypernetwork
-from .layout import Layout
+from .layout import Group, Layout
 from .packed import Packed
-from .tensors import unit_rows
+from .tensors import orthonormal_rows, unit_rows
 
 
 class State(nn.Module):
@@ -32,8 +32,8 @@ class State(nn.Module):
     def make_tensors(self, layout: Layout) -> None:
         """Register everything, with initial values of torch's generator."""
         config, dtype = self.config, self.config.dtype
-        p = [unit_rows(group.rows, group.width, dtype) for group in layout.p.groups]
-        q = [unit_rows(group.rows, group.width, dtype) for group in layout.q.groups]
+        rows = self._rows_of
+        p, q = ([rows(group) for group in side.groups] for side in (layout.p, layout.q))
         lam = torch.zeros(layout.rows, dtype=dtype)
         if not self.direct and config.update == "replace":
             lam.normal_(std=0.05)
@@ -42,8 +42,10 @@ class State(nn.Module):
         self._names += ["lam", *(f"q_{group.width}" for group in layout.q.groups)]
         self._count_p = len(p)
         for name, value in zip(self._names, initial.tensors(), strict=True):
-            if self.direct:
+            if self.direct and not (config.spectral and name == "lam"):
                 self.register_parameter(name, nn.Parameter(value))
+                if config.spectral:
+                    self.register_buffer(f"momentum_{name}", torch.zeros_like(value))
             else:
                 self.register_buffer(name, value)
                 if config.anchored:
@@ -65,6 +67,12 @@ class State(nn.Module):
                 zero_output=config.update != "replace",
                 **({"norm_first": True} if self.norm_first else {}),
             ).to(dtype)
+
+    def _rows_of(self, group: Group) -> torch.Tensor:
+        """Initial P or Q of one width."""
+        if self.config.spectral:
+            return orthonormal_rows(group.ranks, group.width, self.config.dtype)
+        return unit_rows(group.rows, group.width, self.config.dtype)
 
     @property
     def leading_parameter(self) -> nn.Parameter:
@@ -91,6 +99,12 @@ class State(nn.Module):
             tensors[self._count_p],
             tuple(tensors[self._count_p + 1 :]),
         )
+
+    def momenta(self) -> Packed:
+        """update="spectral": momenta of P's and Q's gradients, like `packed`, without Λ's."""
+        names = self._names
+        made = [None if n == "lam" else self.get_buffer(f"momentum_{n}") for n in names]
+        return Packed(tuple(made[: self._count_p]), self.lam, tuple(made[self._count_p + 1 :]))  # type: ignore[arg-type]
 
     def offsets(self) -> Packed | None:
         """What is added to generated factors, P and Q empty where Λ alone has some."""

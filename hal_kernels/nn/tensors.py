@@ -41,6 +41,12 @@ def unit_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return nn.functional.normalize(torch.randn(rows, width), dim=1).to(dtype)
 
 
+def orthonormal_rows(ranks: Sequence[int], width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Matrices of orthonormal rows in random directions, one below the other ``[Σ ranks, width]``."""
+    made = [torch.linalg.qr(torch.randn(width, rank))[0].t() for rank in ranks]
+    return torch.cat(made).to(dtype)
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, when the host cannot wait for the device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -16,6 +16,7 @@ from .rank_allocation import (
     update_importance_,
     update_importance_reference,
 )
+from .spectral_step import spectral_step_, spectral_step_reference
 from .svd_adapter_add import svd_adapter_add, svd_adapter_add_reference
 from .svd_linear import svd_linear, svd_linear_reference
 from .svd_linear_group import svd_linear_group, svd_linear_group_reference
@@ -35,6 +36,8 @@ __all__ = [
     "orthogonality_penalty_reference",
     "prune_smallest",
     "prune_smallest_reference",
+    "spectral_step_",
+    "spectral_step_reference",
     "svd_adapter_add",
     "svd_adapter_add_reference",
     "svd_linear",

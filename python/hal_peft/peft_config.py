@@ -87,14 +87,14 @@ class HyperAdaLoraConfig(PeftConfig):
         default=None, metadata={"help": "lora_alpha of single layers."}
     )
     dtype: str = field(default="float32", metadata={"help": "Of factors and hypernetworks."})
-    hypernet: str = field(
-        default="bert", metadata={"help": "'bert', 'mlp', 'cnn', or 'direct' (AdaLoRA)."}
+    hypernet: str | None = field(
+        default=None, metadata={"help": "'bert', 'mlp', 'cnn', or 'direct' (AdaLoRA)."}
     )
     norm_first: bool = field(
         default=False, metadata={"help": "'bert': LayerNorm before each part instead of after."}
     )
     update: str = field(
-        default="anchor", metadata={"help": "'anchor', 'replace' or 'residual': the update rule."}
+        default="anchor", metadata={"help": "'anchor', 'replace', 'residual' or 'spectral'."}
     )
     init: str | None = field(
         default=None,

@@ -150,7 +150,9 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         factors = _beside(x, factors)
         if options["dropout"] == 0.0 and fits(x, weight):
-            return svd_linear_of_layer(x, weight, self.bias, *factors, options["scaling"])
+            return svd_linear_of_layer(
+                x, weight, self.bias, *factors, options["scaling"], options["tangent"]
+            )
         return svd_linear(x, weight, self.bias, *factors, **options)
 
     def adapter_arguments(self) -> Arguments | None:

@@ -16,7 +16,7 @@ from hal_kernels.nn.tensors import replace_data
 
 LAYERS = "base_model.model."
 REST = "base_model.hal_adapter."
-FAMILIES = ("", "anchor_", "offset_", "importance_", "uncertainty_")
+FAMILIES = ("", "anchor_", "offset_", "importance_", "uncertainty_", "momentum_")
 BY_DIRECTION = {"mask": "mask", "hypernet.lam_embedding": "embedding"}
 """Packed names of tensors with one row per direction, beside the factors; and their short names."""
 

@@ -1,0 +1,83 @@
+"""update="spectral": factors that move by steps of unit spectral norm, made for the SVD form.
+
+Layers leave c·L and c·K, the gradient of ΔW seen from Q and from P, as the gradients of P and Q (the
+operators' `tangent`). They are ordinary gradients of ordinary parameters until an optimizer is about
+to step: accumulation, averaging over processes, loss scaling and clipping have nothing to know. Then
+they are taken, so that the optimizer neither moves the factors nor keeps moments of them, and after
+its step the factors take theirs (`ops.spectral_step_`), of a length in proportion to its learning
+rate.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..ops import spectral_step_
+from .packed import Packed
+
+if TYPE_CHECKING:
+    from .adapter import HyperAdapter
+
+TANGENT = 2.0**-24
+"""c. K and L are far larger than dP and dQ; so small they take no part in clipping by the norm."""
+
+RATE = 20.0
+"""η over the optimizer's learning rate, so that a rate of 1e-3 suits adapter and head alike."""
+
+BETA = 0.9
+
+
+class Taken:
+    """What an optimizer's step left to the adapter: gradients of P and Q, and its options.
+
+    Args:
+        adapter: whose factors have gradients.
+        optimizer: about to step.
+
+    Raises:
+        ValueError: the factors are in groups with different learning rates or weight decays.
+    """
+
+    def __init__(self, adapter: "HyperAdapter", optimizer: torch.optim.Optimizer) -> None:
+        packed = adapter.packed()
+        self.gradients = Packed(
+            tuple(_taken(t) for t in packed.p), packed.lam, tuple(_taken(t) for t in packed.q)
+        )
+        options = _options(adapter, optimizer)
+        self.rate, self.decay = options
+
+    def lam_gradient(self, adapter: "HyperAdapter") -> torch.Tensor:
+        """dΛ = s·diag(K Qᵀ), ``[R]``, of the factors that the gradients belong to."""
+        packed, scalings = adapter.packed(), adapter.row_scalings
+        pairs = zip(self.gradients.q, packed.q, strict=True)
+        products = torch.cat([(g * q).sum(1) for g, q in pairs])
+        return products[adapter.positions_q] * (scalings / TANGENT)
+
+
+def _taken(parameter: torch.Tensor) -> torch.Tensor:
+    gradient, parameter.grad = parameter.grad, None
+    return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def _options(adapter: "HyperAdapter", optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """Learning rate and weight decay of the groups that hold the factors."""
+    own = {id(p) for p in adapter.parameters()}
+    held = [g for g in optimizer.param_groups if any(id(p) in own for p in g["params"])]
+    found = {(float(g["lr"]), float(g.get("weight_decay", 0.0))) for g in held}
+    if len(found) > 1:
+        raise ValueError(
+            'update="spectral": P and Q are in parameter groups with different options (learning '
+            f"rate, weight decay): {sorted(found)}; expected one for all of the adapter's"
+        )
+    return found.pop()
+
+
+@torch.no_grad()
+def advance(adapter: "HyperAdapter", taken: Taken) -> None:
+    """One spectral step of every layer."""
+    packed, momenta = adapter.packed(), adapter.momenta()
+    spectral_step_(
+        packed.p, packed.lam, packed.q, momenta.p, momenta.q, taken.gradients.p, taken.gradients.q,
+        adapter.slots, eta=RATE * taken.rate, scaling=adapter.layer_scalings, beta=BETA,
+        decay=1.0 - taken.rate * taken.decay, mask=adapter.mask,
+    )  # fmt: skip
