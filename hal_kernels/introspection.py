@@ -96,8 +96,13 @@ def step(model: nn.Module) -> None:
     themselves, and after one of them this does nothing.
 
     Raises:
-        TypeError, ValueError: `model` is no module, or not patched.
+        TypeError, ValueError: `model` is no module, not patched, or of update="spectral".
     """
     adapter = find_adapter(model)
+    if adapter.config.spectral:
+        raise ValueError(
+            'step: update="spectral" takes its learning rate from a torch.optim.Optimizer that holds '
+            "the adapter's parameters, and moves them itself"
+        )
     adapter.skip_if_nonfinite()
     adapter.after_optimizer_step()

@@ -208,6 +208,8 @@ class HyperAdapter(State):
                 self._stray_generation() if torch.is_grad_enabled() else self.current()
             )
             packed = live.effective
+        if self.config.spectral:  # orthonormal they are anyway, and have another use for gradients
+            return nothing(packed.tensors())
         if self._alignment is None:
             return packed_penalty(self, packed)
         # These directions are about to be replaced: the penalty counts, and moves nothing.

@@ -39,12 +39,11 @@ class Taken:
     """
 
     def __init__(self, adapter: "HyperAdapter", optimizer: torch.optim.Optimizer) -> None:
+        self.rate, self.decay = _options(adapter, optimizer)
         packed = adapter.packed()
         self.gradients = Packed(
             tuple(_taken(t) for t in packed.p), packed.lam, tuple(_taken(t) for t in packed.q)
         )
-        options = _options(adapter, optimizer)
-        self.rate, self.decay = options
 
     def lam_gradient(self, adapter: "HyperAdapter") -> torch.Tensor:
         """dΛ = s·diag(K Qᵀ), ``[R]``, of the factors that the gradients belong to."""
