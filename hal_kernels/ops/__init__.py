@@ -1,6 +1,7 @@
 """The operators as functions, each with its reference beside it.
 
-One file an operator: formula, public function, reference, default backend, gradient, schema.
+One file or folder an operator: formula, public function, reference, default backend, gradient,
+schema.
 """
 
 from ..backends import load_native
@@ -16,6 +17,7 @@ from .rank_allocation import (
     update_importance_,
     update_importance_reference,
 )
+from .spectral_step import spectral_step_, spectral_step_reference
 from .svd_adapter_add import svd_adapter_add, svd_adapter_add_reference
 from .svd_linear import svd_linear, svd_linear_reference
 from .svd_linear_group import svd_linear_group, svd_linear_group_reference
@@ -35,6 +37,8 @@ __all__ = [
     "orthogonality_penalty_reference",
     "prune_smallest",
     "prune_smallest_reference",
+    "spectral_step_",
+    "spectral_step_reference",
     "svd_adapter_add",
     "svd_adapter_add_reference",
     "svd_linear",
