@@ -1,6 +1,7 @@
 """The operators as functions, each with its reference beside it.
 
-One file an operator: formula, public function, reference, default backend, gradient, schema.
+One file or folder an operator: formula, public function, reference, default backend, gradient,
+schema.
 """
 
 from ..backends import load_native

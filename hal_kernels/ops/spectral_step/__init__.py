@@ -158,9 +158,9 @@ def _one_a_layer(name: str, value: torch.Tensor | float, n: int, lam: torch.Tens
 
 
 def _default(*args: Any) -> torch.Tensor:
-    *tensors, beta, rows, offsets, counts_p, counts_q, sizes_p, sizes_q, max_rank = args
-    slots = Slots(tuple(rows), tuple(offsets), (counts_p, counts_q), (sizes_p, sizes_q), max_rank)  # type: ignore[arg-type]
-    return step_(*tensors, beta, slots)
+    *tensors, rows, offsets, counts_p, counts_q, sizes_p, sizes_q, max_rank = args
+    counts, sizes = (counts_p, counts_q), (sizes_p, sizes_q)
+    return step_(Slots(tuple(rows), tuple(offsets), counts, sizes, max_rank), *tensors)
 
 
 def _fake(p: list[torch.Tensor], lam: torch.Tensor, *rest: Any) -> torch.Tensor:

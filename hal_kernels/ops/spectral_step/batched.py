@@ -54,6 +54,7 @@ class Side:
 
 
 def step_(
+    slots: Slots,
     p: list[torch.Tensor],
     lam: torch.Tensor,
     q: list[torch.Tensor],
@@ -66,7 +67,6 @@ def step_(
     scaling: torch.Tensor,
     decay: torch.Tensor,
     beta: float,
-    slots: Slots,
 ) -> torch.Tensor:
     """`spectral_step_`, of checked arguments."""
     sides = (Side(slots, 0), Side(slots, 1))
