@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": {},  # PEFT's
     "direct": {"hypernet": "direct", "penalty": "frobenius"},
     "direct-gradient": {"hypernet": "direct", "penalty": "frobenius", "init": "gradient"},
+    "spectral": {"update": "spectral"},
     "hyper": {"hypernet": "bert"},
     "hyper-plain": {"hypernet": "bert", "init": "random", "offsets": "none"},
     "hyper-gradient": {"hypernet": "bert", "init": "gradient", "offsets": "none"},
@@ -61,6 +62,7 @@ GRIDS = {  # factor-3 steps; the paper's 1e-5 is in all of them
     "adalora": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "direct": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "direct-gradient": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "spectral": (2.5e-4, 5e-4, 1e-3, 1.5e-3, 2.5e-3),
     "hyper": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
 }
 

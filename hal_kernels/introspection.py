@@ -101,8 +101,8 @@ def step(model: nn.Module) -> None:
     adapter = find_adapter(model)
     if adapter.config.spectral:
         raise ValueError(
-            'step: update="spectral" takes its learning rate from a torch.optim.Optimizer that holds '
-            "the adapter's parameters, and moves them itself"
+            'step: update="spectral" takes its learning rate from the torch.optim.Optimizer that '
+            "holds the adapter's parameters, and moves them itself"
         )
     adapter.skip_if_nonfinite()
     adapter.after_optimizer_step()

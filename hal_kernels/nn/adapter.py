@@ -99,10 +99,10 @@ class HyperAdapter(State):
         self.budget = self.config.budget(layout.narrowest)
         device, dtype = self.mask.device, self.mask.dtype
         if self.config.spectral:
-            scalings = torch.tensor(self.scalings, dtype=dtype, device=device)
-            ranks = torch.tensor(layout.ranks, device=device)
-            self.register_buffer("layer_scalings", scalings, persistent=False)
-            self.register_buffer("row_scalings", scalings.repeat_interleave(ranks), persistent=False)
+            layers = torch.tensor(self.scalings, dtype=dtype, device=device)
+            rows = layers.repeat_interleave(torch.tensor(layout.ranks, device=device))
+            self.register_buffer("layer_scalings", layers, persistent=False)
+            self.register_buffer("row_scalings", rows, persistent=False)
         index = {"offsets_lam": layout.offsets}
         for name, side in (("p", layout.p), ("q", layout.q)):
             index |= {f"rows_{name}": side.rows, f"positions_{name}": side.positions}

@@ -1,11 +1,11 @@
 """update="spectral": factors that move by steps of unit spectral norm, made for the SVD form.
 
-Layers leave c·L and c·K, the gradient of ΔW seen from Q and from P, as the gradients of P and Q (the
-operators' `tangent`). They are ordinary gradients of ordinary parameters until an optimizer is about
-to step: accumulation, averaging over processes, loss scaling and clipping have nothing to know. Then
-they are taken, so that the optimizer neither moves the factors nor keeps moments of them, and after
-its step the factors take theirs (`ops.spectral_step_`), of a length in proportion to its learning
-rate.
+Layers leave c·L and c·K, the gradient of ΔW seen from Q and from P, as the gradients of P and Q
+(the operators' `tangent`). They are ordinary gradients of ordinary parameters until an optimizer is
+about to step: accumulation, averaging over processes, loss scaling and clipping have nothing to
+know. Then they are taken, so that the optimizer neither moves the factors nor keeps moments of
+them, and after its step the factors take theirs (`ops.spectral_step_`), of a length in proportion
+to its learning rate.
 """
 
 from typing import TYPE_CHECKING

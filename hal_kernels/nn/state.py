@@ -57,7 +57,7 @@ class State(nn.Module):
                 self.register_buffer(f"uncertainty_{name}", torch.zeros_like(value))
         self.register_buffer("mask", torch.ones(layout.rows, dtype=dtype))
         self.hypernet = None
-        if not self.direct:
+        if config.hypernet is not None and not self.direct:
             self.hypernet = Hypernetwork(
                 config.hypernet,
                 [g.width for g in layout.p.groups],

@@ -42,7 +42,7 @@ def unit_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def orthonormal_rows(ranks: Sequence[int], width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Matrices of orthonormal rows in random directions, one below the other ``[Σ ranks, width]``."""
+    """Matrices of orthonormal rows, in random directions, as one tensor ``[Σ ranks, width]``."""
     made = [torch.linalg.qr(torch.randn(width, rank))[0].t() for rank in ranks]
     return torch.cat(made).to(dtype)
 
