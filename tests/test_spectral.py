@@ -1,0 +1,305 @@
+"""update="spectral": factors that move by themselves, at the optimizer's learning rate."""
+
+import copy
+
+import lifecycle
+import models
+import pytest
+import torch
+from lifecycle import patched, predict, unchanged
+from training import assert_close, assert_equal, batches, budget_used, kept, state, train, trainable
+
+import hal_kernels
+from hal_kernels.nn.spectral import RATE, TANGENT
+
+
+def spectral(model=None, rank=2, **options):
+    model = models.net() if model is None else model
+    return hal_kernels.patch_model(model, rank, **{"update": "spectral", "seed": 0} | options)
+
+
+def adamw(model, lr=1e-3, **options):
+    return torch.optim.AdamW(trainable(model), lr=lr, **{"weight_decay": 0.0} | options)
+
+
+def deltas(model):
+    return {name: f.delta() for name, f in hal_kernels.factors(model).items()}
+
+
+def orthonormal(model):
+    for f in hal_kernels.factors(model).values():
+        for rows in (f.p.t(), f.q):
+            eye = torch.eye(len(rows), dtype=rows.dtype)
+            torch.testing.assert_close(rows @ rows.t(), eye, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [models.net, models.bert, models.llama, models.gpt2])
+def test_training_needs_nothing_else(make):
+    """The loss falls, P and Q stay orthonormal, and the optimizer holds no state of theirs."""
+    model = spectral(make(), 3, total_step=30)
+    optimizer = adamw(model)
+    losses = train(model, optimizer, [models.batch(model, 16)] * 30)
+    assert losses[-1] < 0.95 * losses[0]
+    orthonormal(model)
+    assert budget_used(model) == 3 * len(model.hal.layout.layers)
+    own = {id(p) for p in model.hal.parameters()}
+    assert not own & {id(p) for p in optimizer.state}
+    assert all(p.grad is None for p in model.hal.parameters())
+
+
+def test_the_first_step_is_the_best_approximation_of_the_gradients_own():
+    """ΔW after one step beside the formula, with Λ = 0: the longest of −η/2·(O_KᵀP + QᵀO_L)."""
+    model = spectral(models.net(dtype=torch.float64), dtype=torch.float64, init_rank=2)
+    before = {n: (f.p.t().clone(), f.q.clone()) for n, f in hal_kernels.factors(model).items()}
+    plain, inputs = models.net(dtype=torch.float64), models.batch(model)
+    models.loss_of(plain(**inputs)).backward()
+    train(model, adamw(model), [inputs])
+    for name, found in deltas(model).items():
+        (p, q), gradient = before[name], plain.get_submodule(name).weight.grad
+        sides = p @ gradient.t(), q @ gradient
+        o_k, o_l = (
+            u @ vh for u, _, vh in (torch.linalg.svd(m, full_matrices=False) for m in sides)
+        )
+        whole = -RATE * 1e-3 / 2 * (o_k.t() @ p + q.t() @ o_l)
+        u, s, vh = torch.linalg.svd(whole)
+        torch.testing.assert_close(found, (u[:, :2] * s[:2]) @ vh[:2], rtol=1e-9, atol=1e-12)
+        assert torch.linalg.matrix_norm(found, 2) <= RATE * 1e-3 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
+def test_every_optimizer_gives_the_same_step(optimizer):
+    model, other = spectral(), spectral()
+    train(model, adamw(model), batches(model, 3))
+    head = [p for p in trainable(other) if not any(p is own for own in other.hal.parameters())]
+    groups = [{"params": list(other.hal.parameters())}, {"params": head}]
+    # The head goes by AdamW in both, so that the gradients are the same.
+    first, second = optimizer(groups[:1], lr=1e-3), torch.optim.AdamW(head, lr=1e-3, weight_decay=0)
+    for inputs in batches(other, 3):
+        models.loss_of(other(**inputs)).backward()
+        for one in (first, second):
+            one.step()
+            one.zero_grad()
+    assert_equal(state(other), state(model))
+
+
+def test_the_learning_rate_is_the_optimizers():
+    model = spectral()
+    optimizer = adamw(model, lr=0.0)
+    before = state(model)
+    train(model, optimizer, batches(model, 2))
+    for name in ("lam", "p_16", "p_24"):
+        torch.testing.assert_close(model.hal.state_dict()[name], before[f"hal.{name}"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    optimizer.param_groups[0]["lr"] = 2e-3
+    schedule.base_lrs = [2e-3]
+    old = deltas(model)
+    train(model, optimizer, batches(model, 1))
+    for name, new in deltas(model).items():
+        length = torch.linalg.matrix_norm(new - old[name], 2)
+        assert 0.0 < length <= RATE * 2e-3 * 1.001
+
+
+def test_weight_decay_acts_on_delta():
+    model = patched(update="spectral", hypernet="direct")
+    with torch.no_grad():
+        model.hal.lam.fill_(0.5)
+    decayed = copy.deepcopy(model)
+    for one, decay in ((model, 0.0), (decayed, 0.5)):
+        train(one, adamw(one, lr=1e-4, weight_decay=decay), batches(one, 1))
+    for name, plain in deltas(model).items():
+        torch.testing.assert_close(
+            deltas(decayed)[name], plain * (1 - 0.5e-4), rtol=1e-3, atol=1e-6
+        )
+
+
+def test_clipping_by_the_norm_sees_the_head_alone():
+    """K and L are larger than a head's gradient; c keeps them out of the norm."""
+    model, clipped = spectral(models.bert()), spectral(models.bert())
+    for clip, one in ((False, model), (True, clipped)):
+        optimizer = adamw(one)
+        for inputs in batches(one, 3):
+            models.loss_of(one(**inputs)).backward()
+            if clip:
+                norm = torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
+                head = [p.grad for p in one.classifier.parameters()]
+                alone = torch.nn.utils.get_total_norm(head)
+                torch.testing.assert_close(norm, alone, rtol=1e-5, atol=0)
+                assert norm < 1.0  # or the head itself would be clipped
+                assert one.hal.p_32.grad.norm() / TANGENT > 1e-3
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(state(clipped), state(model))
+
+
+def test_several_groups():
+    model = spectral()
+    p, *others = model.hal.parameters()
+    optimizer = torch.optim.AdamW([{"params": [p], "lr": 1e-3}, {"params": others}], lr=2e-3)
+    models.loss_of(model(**models.batch(model))).backward()
+    with unchanged(model), pytest.raises(ValueError, match=r"groups with different options"):
+        optimizer.step()
+
+
+def test_micro_batches_add_up():
+    model, whole = (spectral(models.net(dtype=torch.float64), dtype=torch.float64) for _ in "ab")
+    one = models.batch(model, 8)
+    halves = [{k: v[part] for k, v in one.items()} for part in (slice(4), slice(4, None))]
+    for m, micro in ((model, halves), (whole, [one])):
+        optimizer = adamw(m)
+        for _ in range(3):
+            for inputs in micro:
+                (models.loss_of(m(**inputs)) / len(micro)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, delta in deltas(model).items():
+        torch.testing.assert_close(delta, deltas(whole)[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_step_that_is_not_finite_is_left_out(bad, recwarn):
+    model = spectral()
+    optimizer = adamw(model)
+    train(model, optimizer, batches(model, 2))
+    before = state(model)
+    (models.loss_of(model(**models.batch(model))) * bad).backward()
+    optimizer.step()
+    assert_equal(state(model), before)
+
+
+@pytest.mark.parametrize("allocation", ["sensitivity", "magnitude"])
+@pytest.mark.parametrize("schedule", ["fixed", "cubic"])
+def test_ranks_are_allocated(allocation, schedule):
+    model = spectral(
+        init_rank=4, allocation=allocation, schedule=schedule, interval=2, total_step=24
+    )
+    train(model, adamw(model), batches(model, 26))
+    assert budget_used(model) == 8
+    mask = model.hal.mask > 0
+    assert not model.hal.lam[~mask].any() and model.hal.lam[mask].all()
+    orthonormal(model)
+    expected = predict(model)
+    hal_kernels.compact(model)
+    torch.testing.assert_close(predict(model), expected)
+    train(model, adamw(model), batches(model, 2))
+    orthonormal(model)
+
+
+def test_score_is_that_of_lambda():
+    """|Λ·dΛ| with dΛ from K and Q, beside the gradient that direct factors get."""
+    model = patched(models.net(), update="spectral", hypernet="direct", init_rank=3)
+    direct = patched(models.net(), hypernet="direct", init_rank=3, gamma=0.0)
+    direct.hal.load_state_dict(
+        {k: v for k, v in model.hal.state_dict().items() if not k.startswith("momentum")}
+    )
+    lam = torch.linspace(0.1, 1.0, model.hal.lam.numel())
+    scores = {}
+    for one in (model, direct):
+        with torch.no_grad():
+            one.hal.lam.copy_(lam)
+        models.loss_of(one(**models.batch(one))).backward()
+        if one is direct:
+            scores["direct"] = one.hal.lam.grad
+        else:
+            optimizer = adamw(one)  # whose own hook runs after those of all optimizers
+            optimizer.register_step_pre_hook(
+                lambda *_: scores.update(spectral=model.hal.lam_gradient())
+            )
+            optimizer.step()
+    torch.testing.assert_close(scores["spectral"], scores["direct"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("at", [0, 3, 7])
+def test_a_resumed_run_is_the_uninterrupted_one(at, tmp_path):
+    options = {"init_rank": 4, "interval": 2}
+    model = spectral(**options)
+    optimizer = adamw(model)
+    train(model, optimizer, batches(model, 12)[:at])
+    hal_kernels.save_adapter(model, tmp_path)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, batches(model, 12)[at:])
+    resumed = hal_kernels.load_adapter(models.net(), tmp_path)
+    other = adamw(resumed)
+    other.load_state_dict(saved)
+    train(resumed, other, batches(resumed, 12)[at:])
+    assert_equal(state(resumed), state(model))
+
+
+def test_life_after_training(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = spectral(models.bert(), 3, init_rank=4, interval=1)
+    base = predict(model)
+    train(model, adamw(model), batches(model, 8))
+    expected = predict(model)
+    with hal_kernels.disabled(model):
+        assert torch.equal(predict(model), base)
+    torch.testing.assert_close(predict(copy.deepcopy(model)), expected)
+    hal_kernels.export_lora(model, tmp_path)
+    torch.testing.assert_close(
+        predict(peft.PeftModel.from_pretrained(models.bert(), tmp_path)), expected
+    )
+    torch.testing.assert_close(predict(hal_kernels.merge(model)), expected)
+    torch.testing.assert_close(predict(hal_kernels.unmerge(model)), expected)
+
+
+def test_compiled_it_computes_the_same():
+    torch._dynamo.reset()
+    model, plain = spectral(), spectral()
+    compiled, optimizer = torch.compile(model, backend="aot_eager"), adamw(model)
+    for inputs in batches(model, 3):
+        models.loss_of(compiled(**inputs)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    train(plain, adamw(plain), batches(plain, 3))
+    assert_close(deltas(model), deltas(plain), 1e-5)
+
+
+def test_checkpointed_activations_change_nothing():
+    model, plain = spectral(models.llama()), spectral(models.llama())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for one in (model, plain):
+        train(one, adamw(one), batches(one, 3))
+    assert_equal(state(model), state(plain))
+
+
+def test_loss_outside_the_model():
+    """The penalty of what is orthonormal is zero, and its gradient takes no part."""
+    model, plain = spectral(gamma=3.0), spectral(gamma=3.0)
+    for one in (model, plain):
+        optimizer = adamw(one)
+        for inputs in batches(one, 3):
+            loss = models.loss_of(one(**inputs))
+            if one is model:
+                extra = hal_kernels.penalty(one)
+                assert extra == 0.0
+                loss = loss + extra
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(state(model), state(plain))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"hypernet": "bert"}, r"hypernet is 'bert', expected 'direct' with update=\"spectral\""),
+    ({"init": "gradient"}, r"init is 'gradient', expected 'random' with update=\"spectral\""),
+    ({"allocation": "ema"}, r"allocation is 'ema', expected 'sensitivity' or 'magnitude'"),
+])  # fmt: skip
+def test_what_does_not_go_with_it(options, message):
+    model = models.net()
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        spectral(model, **options)
+
+
+def test_step_is_refused():
+    model = spectral()
+    models.loss_of(model(**models.batch(model))).backward()
+    with unchanged(model), pytest.raises(ValueError, match=r"takes its learning rate from the tor"):
+        hal_kernels.step(model)
+
+
+def test_masks_of_a_pruned_model_hold():
+    model = spectral(init_rank=3, interval=10**6)
+    train(model, adamw(model), batches(model, 2))
+    lifecycle.prune(model, 0, 5)
+    train(model, adamw(model), batches(model, 3))
+    assert [i for i, k in enumerate(kept(model)) if not k] == [0, 5]
+    assert not model.hal.lam[[0, 5]].any()
