@@ -172,7 +172,7 @@ def phases(name: str, shape: Shape, layers: int, batch: int, length: int) -> dic
         adapter = model.hal
         if name == "hal-hyper":
             found["generation forward"] = counted(adapter.open_forward)
-            outputs = [t for t in adapter._live.effective.tensors() if t.requires_grad]
+            outputs = [t for t in adapter._pass.live.effective.tensors() if t.requires_grad]
             ones = [torch.ones_like(t) for t in outputs]
             adapter.close_forward()
             found["generation backward"] = counted(lambda: torch.autograd.backward(outputs, ones))

@@ -271,7 +271,7 @@ class _Hook:
 
 class _Opening(_Hook):
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if self.adapter.step_begins:
+        if not torch.compiler.is_compiling() and self.adapter.step_begins:
             for group in self.groups:
                 group.begin_step()
         self.adapter.open_forward()
@@ -286,7 +286,7 @@ class _Closing(_Hook):
                 output = _with_loss(output, lambda: adapter.loss_term(counts_once=once))
         finally:
             adapter.close_forward()
-            if not adapter.in_pass:
+            if not torch.compiler.is_compiling() and not adapter.in_pass:
                 for group in self.groups:
                     group.close(failed=output is None)
         return output

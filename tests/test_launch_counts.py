@@ -50,7 +50,7 @@ def counts(model):
     """Torch calls of each part of a step, those inside of operators included."""
     adapter, found = model.hal, {}
     found["generation"] = count_calls(adapter.open_forward)
-    outputs = [t for t in adapter._live.effective.tensors() if t.requires_grad]
+    outputs = [t for t in adapter._pass.live.effective.tensors() if t.requires_grad]
     adapter.close_forward()
     found["penalty"] = count_calls(lambda: hal_kernels.penalty(model))
     loss = hal_kernels.penalty(model)

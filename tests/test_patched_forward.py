@@ -128,7 +128,7 @@ def test_an_error_inside_the_model_leaves_it_usable():
     with pytest.raises(ValueError, match="x has shape"):
         model(torch.randn(2, 99))
     assert torch.equal(model(**models.batch(model))["loss"], expected)
-    assert model.hal._live is None
+    assert model.hal._pass.live is None
 
 
 def test_an_error_in_a_hook_that_runs_first_leaves_it_usable():
@@ -144,7 +144,7 @@ def test_an_error_in_a_hook_that_runs_first_leaves_it_usable():
         model(**models.batch(model))
     armed.clear()
     model(**models.batch(model))
-    assert model.hal._live is None, "factors of a finished pass are still in use"
+    assert model.hal._pass.live is None, "factors of a finished pass are still in use"
 
 
 # -- dtypes and modes ------------------------------------------------------------------------------

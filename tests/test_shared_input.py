@@ -2,6 +2,7 @@
 
 import copy
 import io
+import threading
 
 import models
 import pytest
@@ -385,6 +386,25 @@ def test_an_offloaded_member_computes_alone():
     bring.remove()
 
 
+def test_a_pass_in_another_thread_takes_nothing_and_drops_nothing():
+    model, results = patched(), []
+
+    def reads(self, x):
+        q = self.query(x)
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=lambda: results.append(outcome(model, x_of())))
+            other.start()
+            other.join()
+        return q.tanh() + self.key(x) * self.value(x)
+
+    model.reads = reads
+    (out, *_), operators = outcome(model, x_of())
+    assert "svd_linear_group" in operators
+    assert torch.equal(results[0][0][0], out)
+    step(model)
+    assert_computes(model, x_of(), together=True)  # none was left over
+
+
 def test_an_exception_leaves_nothing_behind():
     model = patched()
 
@@ -397,7 +417,7 @@ def test_an_exception_leaves_nothing_behind():
         with pytest.raises(RuntimeError, match="out of memory"):
             model(x_of())
     (group,) = groups_of(model)
-    assert group._waiting is None
+    assert group._calls.mine.waiting is None
     model.reads = None
     step(model)
     assert_computes(model, x_of(), together=True)
@@ -407,7 +427,7 @@ def test_outputs_are_let_go_when_the_pass_ends():
     model = patched()
     model.reads = only_first
     model(x_of())
-    assert groups_of(model)[0]._waiting is None
+    assert groups_of(model)[0]._calls.mine.waiting is None
 
 
 class Checkpointed(nn.Module):

@@ -1,4 +1,6 @@
-"""Odd loops: when the state advances, what is thrown away, layers called by themselves."""
+"""Odd loops: when the state advances, what is thrown away, layers called by themselves, threads."""
+
+import threading
 
 import lifecycle
 import models
@@ -327,3 +329,39 @@ def test_loss_outside_the_model(hypernet, penalty, gamma):
     (cross_entropy(output, labels) + hal_kernels.penalty(model)).backward()
     models.loss_of(inside(**inputs, labels=labels)).backward()
     assert_close(gradients(model), gradients(inside), 1e-10)  # order of sums
+
+
+# ---- passes in several threads -----------------------------------------------------------------
+
+
+# With gradients, torch refuses "direct" factors that another thread's step has changed.
+@pytest.mark.parametrize(
+    ("hypernet", "gradients_there"), [("direct", False), ("bert", False), ("bert", True)]
+)
+def test_a_pass_in_another_thread(hypernet, gradients_there):
+    """While one thread is inside the model's forward, training goes on in another as if alone."""
+    model, clean = patched_net(hypernet), patched_net(hypernet)
+    optimizer, clean_optimizer = adam(model), adam(clean)
+    inside, go_on, found = threading.Event(), threading.Event(), []
+
+    def wait(module, args, output):
+        if threading.current_thread() is other:
+            inside.set()
+            assert go_on.wait(60)
+
+    def evaluate():
+        with torch.set_grad_enabled(gradients_there):
+            found.append(models.logits_of(model(**models.batch(model, seed=9))))
+
+    model.up[0].register_forward_hook(wait)
+    other = threading.Thread(target=evaluate)
+    other.start()
+    try:
+        assert inside.wait(60)
+        for inputs in batches(model, 3):
+            assert train(model, optimizer, [inputs]) == train(clean, clean_optimizer, [inputs])
+    finally:
+        go_on.set()
+        other.join()
+    assert_equal(state(model), state(clean))
+    assert found[0].requires_grad == gradients_there

@@ -29,15 +29,25 @@ from .recompute import Regenerate, inside_backward, refuse_reentrant
 from .spectral import TANGENT, Taken, advance
 from .state import State
 from .tensors import all_finite, capturing
+from .threads import PerThread
 
-# State of a pass or a step under way, with its value in between. Never saved, never copied.
+# State of a step under way, with its value in between. Never saved, never copied.
 _TRANSIENT = {
-    "_live": None, "_depth": 0, "_stray": None, "_recent": None, "_cache": None,
-    "_last_views": None, "_skip": False, "_step_begins": True, "last_penalty": None,
-    "shared": False, "_taken": None,
+    "_stray": None, "_recent": None, "_cache": None, "_last_views": None, "_skip": False,
+    "_step_begins": True, "last_penalty": None, "shared": False,
+    "_taken": None,
 }  # fmt: skip
 
 _Probed = adder(1.0, copies=True)
+
+
+class _Pass:
+    """The forward pass of the model under way in a thread."""
+
+    def __init__(self) -> None:
+        self.depth = 0  # nested calls of the model's forward
+        self.live: Generation | None = None
+        self.begins_step = False  # it is an accumulation window's first
 
 
 class HyperAdapter(State):
@@ -63,8 +73,6 @@ class HyperAdapter(State):
     layer_scalings: torch.Tensor  # update="spectral": s of each layer, and of each direction
     row_scalings: torch.Tensor
 
-    _live: Generation | None  # of the forward pass under way
-    _depth: int  # nested calls of the model's forward
     _stray: tuple[Any, Generation] | None  # versions and generation: layers called by themselves
     _cache: tuple[Any, Generation] | None  # versions and generation, without a graph
     _recent: Packed | None  # values generated last in this step, for the state
@@ -74,7 +82,7 @@ class HyperAdapter(State):
     process_group: Any = None  # of those that train this together; None: the default group, if any
     shared: bool  # every process has the first one's state
     last_penalty: torch.Tensor | None  # γ·penalty in the last training forward's loss, if any
-    _step_begins: bool  # the next forward is an accumulation window's first
+    _step_begins: bool  # the next pass with gradients is an accumulation window's first
 
     def __init__(self, config: HALConfig, layout: Layout, device: torch.device) -> None:
         super().__init__(config)
@@ -83,6 +91,7 @@ class HyperAdapter(State):
         self.saved_modules: dict[str, dict[str, torch.Tensor]] = {}
         """Original tensors of the modules trained in full, by module name."""
         self.__dict__.update(_TRANSIENT)
+        self._passes = PerThread(_Pass)
         with torch.random.fork_rng(devices=[], enabled=config.seed is not None):
             if config.seed is not None:
                 # The CPU's alone: torch.manual_seed would reseed every GPU, and none is restored.
@@ -149,32 +158,33 @@ class HyperAdapter(State):
 
     def open_forward(self) -> None:
         """Make every layer's factors ready for one forward pass of the model."""
-        self._depth += 1
-        if self.disabled or self._depth > 1:
+        here = self._pass
+        here.depth += 1
+        if self.disabled or here.depth > 1:
             return
         if not torch.is_grad_enabled():
-            self._live = self.current()
+            here.live = self.current()
             return
         if not torch.compiler.is_compiling():
             share_state(self)
             self._begin_accumulation()
-        self._live = self._generate_with_graph()
+        here.live, here.begins_step = self._generate_with_graph(), self._step_begins
+        if here.live.effective.p[0].requires_grad:
+            self._step_begins = False
 
     def close_forward(self) -> None:
         """Let go of the pass's graph; also after an exception inside the model."""
-        if self._depth == 0:  # another hook raised before the pass was opened
-            return
-        self._depth -= 1
-        if self._depth == 0:
-            if self._live is not None and self._live.effective.p[0].requires_grad:
-                self._step_begins = False
-            self._live = None
+        here = self._pass
+        if here.depth > 0:  # else another hook raised before the pass was opened
+            here.depth -= 1
+        if here.depth == 0:
+            here.live = None
 
     def layer_factors(self, index: int) -> LayerFactors | None:
         """(P rows, Λ_eff, Q rows) for one layer's forward; None while disabled."""
         if self.disabled:
             return None
-        live = self._live
+        live = self._pass.live
         if live is not None:
             if not torch.is_grad_enabled() and live.effective.p[0].requires_grad:
                 refuse_reentrant()
@@ -183,8 +193,9 @@ class HyperAdapter(State):
             return self._stray_current().views[index]
         if inside_backward():
             refuse_reentrant()
-            if self._last_views is not None:
-                return self._last_views[index]
+            views = self._last_views
+            if views is not None:
+                return views[index]
         return self._stray_generation().views[index]
 
     def present_factors(self, index: int) -> LayerFactors:
@@ -192,19 +203,24 @@ class HyperAdapter(State):
         return self._stray_current().views[index]
 
     @property
+    def _pass(self) -> _Pass:
+        return self._passes.mine
+
+    @property
     def in_pass(self) -> bool:
         """Whether layers are called by the model's forward, or again by checkpointing."""
-        return self._live is not None or inside_backward()
+        return self._pass.live is not None or inside_backward()
 
     @property
     def step_begins(self) -> bool:
-        """Whether no pass has begun since the last optimizer step, nor is under way."""
-        return self._step_begins and self._depth == 0
+        """Whether no pass with gradients has begun since the last optimizer step, nor is any
+        under way in this thread."""
+        return self._step_begins and self._pass.depth == 0
 
     def penalty(self, packed: Packed | None = None) -> torch.Tensor:
         """γ · orthogonality penalty [eq. 7] of the factors of this pass (a scalar)."""
         if packed is None:
-            live = self._live or (
+            live = self._pass.live or (
                 self._stray_generation() if torch.is_grad_enabled() else self.current()
             )
             packed = live.effective
@@ -223,11 +239,11 @@ class HyperAdapter(State):
                 processes, already (the caller passed num_items_in_batch): only the window's first
                 micro-batch pays.
         """
-        live = self._live
+        here = self._pass
         gamma = 0.0 if self.config.spectral else self.config.gamma  # P and Q stay orthonormal
-        if live is None or gamma == 0.0 or (counts_once and not self._step_begins):
+        if here.live is None or gamma == 0.0 or (counts_once and not here.begins_step):
             return None
-        term = self.penalty(live.effective)
+        term = self.penalty(here.live.effective)
         if not torch.compiler.is_compiling():
             self.last_penalty = term.detach()
         # Such a loss was multiplied by the number of processes, which average gradients.
@@ -337,9 +353,10 @@ class HyperAdapter(State):
         Generated again after a change that autograd's version counters or addresses show.
         """
         versions = self._versions()
-        if self._cache is None or self._cache[0] != versions:
-            self._cache = (versions, self.current())
-        return self._cache[1]
+        cache = self._cache  # another thread's optimizer step may drop it
+        if cache is None or cache[0] != versions:
+            cache = self._cache = (versions, self.current())
+        return cache[1]
 
     def _versions(self) -> tuple[Any, ...]:
         tensors = [*self.parameters(), *self.packed().tensors(), self.mask]
@@ -349,10 +366,11 @@ class HyperAdapter(State):
     def _stray_generation(self) -> Generation:
         """For layers called outside the patched model's own forward, with gradients."""
         versions = self._versions()
-        if self._stray is None or self._stray[0] != versions:
+        stray = self._stray
+        if stray is None or stray[0] != versions:
             self._begin_accumulation()
-            self._stray = (versions, self._generate_with_graph(once=False))
-        return self._stray[1]
+            stray = self._stray = (versions, self._generate_with_graph(once=False))
+        return stray[1]
 
     # -- optimizer step --------------------------------------------------------------------------
 

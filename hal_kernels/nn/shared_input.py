@@ -21,6 +21,7 @@ from torch import nn
 from ..ops.svd_linear import fits
 from ..ops.svd_linear_group import svd_linear_group, svd_linear_group_of_layers
 from .packed import LayerFactors
+from .threads import PerThread
 
 
 class Adapted(Protocol):
@@ -72,6 +73,13 @@ class _Waiting:
         return None
 
 
+class _Call:
+    """The call of a group under way in a thread."""
+
+    def __init__(self) -> None:
+        self.waiting: _Waiting | None = None
+
+
 class SharedInput:
     """A group of layers, and the outputs of one call of it."""
 
@@ -79,7 +87,7 @@ class SharedInput:
         self.layers = tuple(layers)
         self.given_up = False
         self._left_over = False
-        self._waiting: _Waiting | None = None
+        self._calls = PerThread(_Call)
 
     def output(
         self,
@@ -100,9 +108,8 @@ class SharedInput:
         if index == 0:
             self._drop()
             return self._compute(x, factors, scaling, tangent)
-        if self._waiting is None:
-            return None
-        return self._waiting.take(index, x, _key(layer, factors))
+        waiting = self._calls.mine.waiting
+        return None if waiting is None else waiting.take(index, x, _key(layer, factors))
 
     def _compute(
         self, x: torch.Tensor, factors: LayerFactors, scaling: float, tangent: float
@@ -126,26 +133,26 @@ class SharedInput:
             )
         first, *others = outputs
         keys = [_key(layer, own) for layer, own in zip(self.layers, every, strict=True)]
-        self._waiting = _Waiting(x, dict(enumerate(others, start=1)), keys)
+        self._calls.mine.waiting = _Waiting(x, dict(enumerate(others, start=1)), keys)
         return first
 
     def _drop(self) -> None:
-        if self._waiting is not None and self._waiting.outputs:
+        call = self._calls.mine
+        waiting, call.waiting = call.waiting, None
+        if waiting is not None and waiting.outputs:
             self._left_over = True
-        self._waiting = None
 
     def begin_step(self) -> None:
         """No pass is under way, and no graph alive that may have to be made again."""
-        self.given_up |= self._left_over
+        if self._left_over and not self.given_up:
+            self.given_up = True
+            self._calls = PerThread(_Call)  # outputs may be left in autograd's threads, too
 
     def close(self, *, failed: bool) -> None:
         """A forward pass of the model has ended, or failed: let go of what is left of it."""
         if failed:
-            self._waiting = None
+            self._calls.mine.waiting = None
         self._drop()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_waiting": None}
 
 
 def find_groups(model: nn.Module, layers: Iterable[Adapted]) -> list[list[Adapted]]:

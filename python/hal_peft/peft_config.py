@@ -34,8 +34,8 @@ class HyperAdaLoraConfig(PeftConfig):
 
     Args:
         r: target average rank of a layer; the budget is r × number of layers.
-        init_r: rank that every layer starts with; None means ⌈1.5 · r⌉, at most the narrowest
-            layer's. As large as `r`: nothing is pruned.
+        init_r: rank that every layer starts with (a narrower layer: as many as its narrower side);
+            None means ⌈1.5 · r⌉. As large as `r`: nothing is pruned.
         target_modules: names or endings of the layers to adapt, a regular expression for whole
             names, "all-linear" (the default, all but the output head), or None for the layers that
             PEFT's AdaLoRA adapts by default in this architecture.
