@@ -19,7 +19,7 @@ import torch
 from ..config import HALConfig
 from ..ops.ragged import Slots
 from .added import adder
-from .alignment import Alignment, alignment_steps, extra_state_sizes, nothing
+from .alignment import Alignment, alignment_steps, nothing, saved_steps
 from .allocation import allocate, last_allocation
 from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
@@ -92,8 +92,8 @@ class HyperAdapter(State):
     def set_layout(self, layout: Layout) -> None:
         """Take over where each layer's rows lie (at the start, and after compaction)."""
         self.layout = layout
-        self.scalings = [self.config.scaling_of(spec.name) for spec in layout.layers]
-        self.initial_rows = self.config.initial_rows(spec.name for spec in layout.layers)
+        self.scalings = [spec.scaling for spec in layout.layers]
+        self.initial_rows = sum(spec.init_rank for spec in layout.layers)
         device = self.mask.device
         index = {"offsets_lam": layout.offsets}
         for name, side in (("p", layout.p), ("q", layout.q)):
@@ -470,14 +470,8 @@ class HyperAdapter(State):
         return torch.cat([torch.tensor([self.steps], dtype=torch.float64), sums])
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        steps, numbers = int(state[0]), state.numel()
-        sizes = extra_state_sizes(self.config, self.layout, self.initial_rows, steps)
-        if numbers not in sizes:
-            raise ValueError(
-                f"_extra_state has {numbers} numbers, expected {' or '.join(map(str, sizes))} "
-                f"after {steps} steps"
-            )
-        self.steps = steps
+        steps = saved_steps(self.config, self.layout, self.initial_rows, state)
+        self.steps, numbers = steps, state.numel()
         self._make_alignment()
         if steps > 0 and numbers == 1:
             self._alignment = None
