@@ -1,10 +1,13 @@
 """What tensors of a checkpoint must be before anything is done with them."""
 
+import re
 from collections.abc import Mapping
 
 import torch
 
-INVALID = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+INVALID = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, re.error,
+)  # fmt: skip
 """What JSON that is not ours makes the code raise that reads it."""
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -92,7 +92,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         owner.__dict__["_hal_merged"] = merged
         raise
     device = next(iter(layers.values())).weight.device
-    adapter = merged.adapter.to(device=device)  # type: ignore[arg-type]
+    adapter = merged.adapter.to(device=device)
     attach(owner, adapter, layers, list(adapter.saved_modules))
     with torch.no_grad():
         for name, layer in layers.items():

@@ -68,14 +68,14 @@ def load_adalora(
     factors = _factors(tensors, model)
     others = {key: value for key, value in tensors.items() if ".lora_" not in key}
     expect_others(model, others)
-    ours = _config(config, factors, is_trainable=is_trainable)
-    with _unchanged_on_failure(model):
-        adapted = peft.get_peft_model(model, ours, adapter_name)
-        state = _state(config, _tuner(adapted)._adapter(adapter_name), factors)
-        try:
+    try:
+        with _unchanged_on_failure(model):
+            ours = _config(config, factors, is_trainable=is_trainable)
+            adapted = peft.get_peft_model(model, ours, adapter_name)
+            state = _state(config, _tuner(adapted)._adapter(adapter_name), factors)
             set_peft_model_state_dict(adapted, state | others, adapter_name)
-        except KeyError as error:  # PEFT's, for what it misses of modules_to_save
-            raise ValueError(f"{path} does not fit the model, it lacks {error}") from error
+    except INVALID as error:  # PEFT's own, for what it finds wrong or misses, are of many kinds
+        raise ValueError(f"{path} does not fit the model: {error!r}") from error
     return adapted.train(is_trainable)
 
 
