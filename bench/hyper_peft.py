@@ -34,7 +34,9 @@ class Factors(nn.Module):
         ]  # fmt: skip
         self.layout = Layout(
             [
-                LayerSpec(str(index), a.in_features, b.out_features, a.out_features)
+                LayerSpec(
+                    str(index), a.in_features, b.out_features, a.out_features, a.out_features, 1.0
+                )
                 for index, (a, b) in enumerate(self._layers)
             ]
         )

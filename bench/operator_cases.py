@@ -230,7 +230,7 @@ def maps_cases(layers: Sequence[tuple[int, int]], r: int, device: torch.device) 
     from hal_kernels.nn.hypernet import HIDDEN
     from hal_kernels.nn.layout import LayerSpec, Layout
 
-    layout = Layout([LayerSpec(f"layer {i}", *sides, r) for i, sides in enumerate(layers)])
+    layout = Layout([LayerSpec(f"layer {i}", *sides, r, r, 1.0) for i, sides in enumerate(layers)])
 
     def indices(*values: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.tensor(v, dtype=torch.int64, device=device) for v in values)

@@ -3,34 +3,37 @@
 A checkpoint is a folder with ``adapter.json`` and one ``adapter-<digest>.safetensors``. The JSON
 file names the tensor file and its SHA-256, and replacing it is the one atomic moment of a save:
 before it the old checkpoint is whole, after it the new one is. The tensor file holds a copy of
-what the JSON file says, so that neither can be altered unnoticed. Loading verifies both before it
-touches the model.
+what the JSON file says, so that neither can be altered unnoticed. Loading believes neither: all
+that they say is compared with their tensors and the model before the model is touched.
 """
 
 import hashlib
 import json
 import os
-import tempfile
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
+from .checks import INVALID, expect_finite, expect_mask, expect_tensors
 from .compaction import torch_optimizers
 from .config import HALConfig
+from .files import folder_path, held, serialized, write_atomically
 from .nn.adapter import HyperAdapter
+from .nn.alignment import saved_steps
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, adapted_class, linear_widths
 from .nn.tensors import replace_data
 from .patching import (
     ATTRIBUTE,
+    adapted_layers,
     attach,
     enabled_adapter,
     expect_unpatched,
-    find_adapter,
     owner_of,
     saved_modules,
 )
@@ -38,6 +41,7 @@ from .targets import expect_usable
 
 FORMAT = 1
 JSON_NAME = "adapter.json"
+_TENSOR_NAME = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -48,12 +52,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     moment, the folder holds the former checkpoint or this one.
 
     Raises:
-        TypeError, ValueError: `model` is no module, or not patched. OSError: can't write there.
+        TypeError, ValueError: `model` is no module, not patched, or has other layers since; `path`
+            is no path; a tensor holds NaN or Inf, from which no training goes on. OSError: can't
+            write there. Nothing was written then.
     """
-    adapter, folder = enabled_adapter(model), Path(path)
-    tensors = {f"{ATTRIBUTE}.{key}": value for key, value in adapter.state_dict().items()}
+    adapter, folder = enabled_adapter(model), folder_path(path, to_write=True)
+    own = adapter.state_dict()
+    expect_finite(_without_progress(own), "the adapter")
+    tensors = {f"{ATTRIBUTE}.{key}": value for key, value in own.items()}
     for name, module in saved_modules(model):
-        tensors |= {f"saved.{name}.{key}": v for key, v in module.state_dict().items()}
+        state = module.state_dict()
+        expect_finite(state, repr(name), or_inf=True)
+        tensors |= {f"saved.{name}.{key}": v for key, v in state.items()}
     header = {
         "format": FORMAT,
         "config": adapter.config.to_dict(),
@@ -65,12 +75,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     digest = hashlib.sha256(data).hexdigest()
     file = f"adapter-{digest[:16]}.safetensors"
     header["tensors"] = {"file": file, "sha256": digest}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / file, data)
-    write_atomically(folder / JSON_NAME, json.dumps(header, indent=2).encode())
-    for old in folder.glob("adapter-*.safetensors"):
-        if old.name != file:
-            old.unlink(missing_ok=True)
+    with held(folder, [JSON_NAME, "adapter-*.safetensors"]):
+        write_atomically(folder / file, data)
+        write_atomically(folder / JSON_NAME, json.dumps(header, indent=2).encode())
+        for old in folder.glob("adapter-*.safetensors"):
+            if old.name != file and _TENSOR_NAME.fullmatch(old.name):
+                old.unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -81,86 +91,74 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         TypeError, ValueError: the files are missing parts, truncated or altered, or don't fit the
-            model. FileNotFoundError: no checkpoint there. The model is then as it was.
+            model, or `path` is no path. FileNotFoundError: no checkpoint there. The model is then
+            as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected torch.nn.Module")
-    header, tensors, original = _read(Path(path))
+    folder = folder_path(path)
+    header, tensors = _read(folder)
     try:
-        config = HALConfig.from_dict(header["config"])
-        specs = [LayerSpec(**values) for values in header["layers"]]
-        names = list(header["saved_modules"])
-        if not specs or len({spec.name for spec in specs}) < len(specs):
-            raise ValueError(f"layers are none, or not distinct: {[s.name for s in specs]}")
-        config.initial_rows(Layout(specs).narrowest)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{Path(path) / JSON_NAME} is not a valid checkpoint: {error}") from error
-    patched = any(isinstance(m, HyperAdapter) for m in model.modules())
-    owner = owner_of(model) if patched else model
-    if patched:
-        _expect_same_names(find_adapter(model), specs)
+        config, specs, names = _parsed(header)
+    except INVALID as error:
+        raise ValueError(f"{folder / JSON_NAME} is not a valid checkpoint: {error}") from error
+    present = None
+    if any(isinstance(m, HyperAdapter) for m in model.modules()):
+        present, owner = enabled_adapter(model), owner_of(model)
+        _expect_same_names(present, specs)
+        layers = adapted_layers(owner)
     else:
         expect_unpatched(model)
-    layers = _layers(owner, specs)
-    if not patched:
+        owner = model
+        layers = {spec.name: _submodule(owner, spec.name) for spec in specs}
+    _expect_layers(layers, specs)
+    if present is None:
         expect_usable(layers)
-    adapter = HyperAdapter(config, Layout(specs), next(iter(layers.values())).weight.device)  # type: ignore[arg-type]
-    prefix = f"{ATTRIBUTE}."
-    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    _expect_tensors(adapter.state_dict(), state, "the adapter")
-    saved = {}
-    for name in names:
-        start = f"saved.{name}."
-        saved[name] = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-        _expect_tensors(_submodule(owner, name).state_dict(), saved[name], repr(name))
-    _expect_unaltered(header, original)
+    modules = {name: _submodule(owner, name) for name in names}
+    _expect_apart(modules, layers)
+
+    state = _taken(tensors, f"{ATTRIBUTE}.")
+    saved = {name: _taken(tensors, f"saved.{name}.") for name in names}
+    if tensors:
+        raise ValueError(f"the checkpoint holds tensors of nothing it names: {sorted(tensors)}")
+    # Memory for an adapter of these ranks must not be what the header alone says.
+    rows = torch.empty(sum(spec.rank for spec in specs), device="meta")
+    expect_tensors({"lam": rows}, {k: v for k, v in state.items() if k == "lam"}, "the adapter")
+    adapter = HyperAdapter(config, Layout(specs), next(iter(layers.values())).weight.device)
+    expected = adapter.state_dict()
+    if "_extra_state" in state:  # it grows while directions are chosen: `saved_steps` looks at it
+        expected["_extra_state"] = state["_extra_state"]
+    expect_tensors(expected, state, "the adapter")
+    expect_finite(_without_progress(state), "the adapter")
+    for key, tensor in state.items():
+        if key != "_extra_state" and tensor.dtype != state["lam"].dtype:
+            raise ValueError(
+                f"the checkpoint's tensor {key!r} for the adapter has dtype {tensor.dtype}, "
+                f"expected {state['lam'].dtype} as 'lam' has"
+            )
+    expect_mask(state["mask"], "mask")
+    steps = saved_steps(config, adapter.layout, state["_extra_state"])
+    if header["steps"] != steps:
+        raise ValueError(f"{JSON_NAME} says steps {header['steps']!r}, its tensors say {steps}")
+    for name, module in modules.items():
+        expect_tensors(module.state_dict(), saved[name], repr(name))
+        expect_finite(saved[name], repr(name), or_inf=True)
     adapter.to(state["lam"].dtype)  # an adapter may have been moved since it was made
     adapter.load_state_dict(state)
+    if present is not None:
+        _expect_same_kind(present, adapter, names)
 
-    if patched:
-        _expect_same_kind(find_adapter(model), adapter, names)
-        _take_over(find_adapter(model), adapter)
+    if present is not None:
+        _take_over(present, adapter)
     else:
         attach(owner, adapter, layers, names)
-    for name in names:
-        owner.get_submodule(name).load_state_dict(saved[name])
+    for name, module in modules.items():
+        module.load_state_dict(saved[name])
     return model
 
 
-def serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file's contents. Tensors that share memory are written each by itself."""
-    copies = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
-    return save(copies, metadata)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that `path` is at every moment the former file or all of the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
-    """A checkpoint folder's header, its tensors (verified), and the header saved with them."""
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A checkpoint folder's header and its tensors: what the files' digest and format vouch for."""
     path = folder / JSON_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no adapter checkpoint ({JSON_NAME} is missing)")
@@ -168,12 +166,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[s
         header = json.loads(path.read_bytes())
         file, digest = header["tensors"]["file"], header["tensors"]["sha256"]
         version = header["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except INVALID as error:
         raise ValueError(f"{path} is not a valid checkpoint: {error!r}") from error
     if version != FORMAT:
         raise ValueError(f"{path} has format {version!r}, expected {FORMAT}")
-    if not isinstance(file, str) or Path(file).name != file:
-        raise ValueError(f"{path} names the tensor file {file!r}, expected a plain file name")
+    if not isinstance(file, str) or not _TENSOR_NAME.fullmatch(file):
+        raise ValueError(
+            f"{path} names the tensor file {file!r}, expected adapter-<16 digits>.safetensors"
+        )
     tensor_path = folder / file
     if not tensor_path.is_file():
         raise ValueError(f"{path} names {file}, which is missing")
@@ -184,30 +184,78 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[s
         )
     try:
         with safe_open(tensor_path, "pt") as tensors:
-            metadata = tensors.metadata() or {}
+            original = json.loads((tensors.metadata() or {}).get("header", "{}"))
             loaded = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, *INVALID) as error:
         raise ValueError(f"{tensor_path} is not a valid safetensors file: {error}") from error
-    return header, loaded, json.loads(metadata.get("header", "{}"))
+    _expect_unaltered({k: v for k, v in header.items() if k != "tensors"}, original)
+    return header, loaded
 
 
-def _expect_unaltered(header: dict[str, Any], original: dict[str, Any]) -> None:
-    stated = {key: value for key, value in header.items() if key != "tensors"}
+def _expect_unaltered(stated: dict[str, Any], original: Any) -> None:
     if stated != original:
-        keys = sorted(stated.keys() | original.keys())
-        config, was = stated.get("config", {}), original.get("config", {})
-        altered = [f"{key!r}" for key in keys if stated.get(key) != original.get(key)]
-        altered += [f"{key!r} of the config" for key in config if config[key] != was.get(key)]
+        was = original if isinstance(original, dict) else {}
+        altered = sorted(k for k in stated.keys() | was.keys() if stated.get(k) != was.get(k))
         raise ValueError(
             f"{JSON_NAME} was altered after it was saved: its tensors were saved with another "
-            f"{', '.join(altered)}"
+            f"{', '.join(map(repr, altered))}"
         )
 
 
-def _layers(model: nn.Module, specs: list[LayerSpec]) -> dict[str, nn.Module]:
-    layers = {}
+def _parsed(header: dict[str, Any]) -> tuple[HALConfig, list[LayerSpec], list[str]]:
+    """(configuration, layers, names of modules trained in full), each valid by itself.
+
+    Patterns of the configuration are not matched with names: what they say of each layer was saved
+    with it, and a forged regular expression could take for ever.
+    """
+    for key, kind in (("config", dict), ("layers", list), ("saved_modules", list)):
+        if not isinstance(header[key], kind):
+            raise TypeError(f"{key} is {header[key]!r}, expected a {kind.__name__}")
+    config = HALConfig.from_dict(header["config"])
+    if config.init_rank is None:
+        raise ValueError("init_rank is None, expected an int")
+    same: dict[str, Any] = {} if config.rank_pattern else {"init_rank": config.init_rank}
+    if not config.alpha_pattern:
+        same["scaling"] = config.scaling
+    specs = [LayerSpec(**(same | values)) for values in header["layers"]]
     for spec in specs:
-        layer = _submodule(model, spec.name)
+        narrowest = min(spec.d_in, spec.d_out)
+        if not spec.rank <= spec.init_rank <= narrowest:
+            raise ValueError(
+                f"layer {spec.name!r} has rank {spec.rank} and init_rank {spec.init_rank}, "
+                f"expected rank <= init_rank <= {narrowest} (its narrowest side)"
+            )
+        for field, value in same.items():
+            if getattr(spec, field) != value:
+                raise ValueError(f"{field} of {spec.name!r} is {getattr(spec, field)}, not {value}")
+    if len({spec.name for spec in specs}) < len(specs) or not any(spec.rank for spec in specs):
+        raise ValueError(f"layers are not distinct, or without a rank: {[s.name for s in specs]}")
+    initial, budget = sum(spec.init_rank for spec in specs), config.rank * len(specs)
+    if initial < budget:
+        raise ValueError(f"layers start with {initial} directions, expected at least {budget}")
+    names = header["saved_modules"]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"saved_modules is {names!r}, expected distinct names")
+    if isinstance(header["steps"], bool) or not isinstance(header["steps"], int):
+        raise TypeError(f"steps is {header['steps']!r}, expected an int")
+    return config, specs, names
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        found = model.get_submodule(name) if name else None
+    except (AttributeError, TypeError):
+        found = None
+    if found is None:
+        raise ValueError(f"the checkpoint holds {name!r}, which {type(model).__name__} lacks")
+    return found
+
+
+def _expect_layers(layers: Mapping[str, nn.Module], specs: list[LayerSpec]) -> None:
+    if len({id(layer) for layer in layers.values()}) < len(layers):
+        raise ValueError(f"the checkpoint adapts one layer under several names of {list(layers)}")
+    for spec in specs:
+        layer = layers[spec.name]
         if not isinstance(layer, AdaptedLayer) and adapted_class(layer) is None:
             raise ValueError(
                 f"the checkpoint adapts {spec.name!r}, which is a {type(layer).__name__} here"
@@ -218,17 +266,16 @@ def _layers(model: nn.Module, specs: list[LayerSpec]) -> dict[str, nn.Module]:
                 f"the checkpoint adapts {spec.name!r} as {spec.d_in} -> {spec.d_out}, "
                 f"here it is {widths[0]} -> {widths[1]}"
             )
-        layers[spec.name] = layer
-    return layers
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except (AttributeError, TypeError):
-        raise ValueError(
-            f"the checkpoint holds {name!r}, which {type(model).__name__} lacks"
-        ) from None
+def _expect_apart(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a module trained in full holds an adapted layer, or another of them."""
+    for name, module in modules.items():
+        parts = {id(part) for part in module.modules()}
+        others = [*layers.items(), *((n, m) for n, m in modules.items() if n != name)]
+        inside = [other for other, part in others if id(part) in parts]
+        if inside:
+            raise ValueError(f"the checkpoint trains {name!r} in full, which holds {inside}")
 
 
 def _expect_same_names(adapter: HyperAdapter, specs: list[LayerSpec]) -> None:
@@ -239,22 +286,14 @@ def _expect_same_names(adapter: HyperAdapter, specs: list[LayerSpec]) -> None:
         raise ValueError(f"the checkpoint's layers are not the model's; differing: {differing}")
 
 
-def _expect_tensors(
-    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], what: str
-) -> None:
-    if expected.keys() != found.keys():
-        raise ValueError(
-            f"the checkpoint's tensors for {what} don't fit; "
-            f"missing {sorted(expected.keys() - found.keys())}, "
-            f"unexpected {sorted(found.keys() - expected.keys())}"
-        )
-    for key, tensor in expected.items():
-        # The extra state grows while directions are chosen; the adapter checks it itself.
-        if tensor.shape != found[key].shape and not key.endswith("_extra_state"):
-            raise ValueError(
-                f"the checkpoint's tensor {key!r} for {what} has shape {tuple(found[key].shape)}, "
-                f"expected {tuple(tensor.shape)}"
-            )
+def _without_progress(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state.items() if key != "_extra_state"}
+
+
+def _taken(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so, without the prefix: taken out of `tensors`."""
+    keys = [key for key in tensors if key.startswith(prefix)]
+    return {key.removeprefix(prefix): tensors.pop(key) for key in keys}
 
 
 def _expect_same_kind(adapter: HyperAdapter, loaded: HyperAdapter, saved: list[str]) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from .nn.adapter import HyperAdapter
 from .nn.tensors import replace_data
-from .patching import find_adapter
+from .patching import intact_adapter
 
 
 def compact(model: nn.Module) -> nn.Module:
@@ -22,10 +22,11 @@ def compact(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        TypeError, ValueError: `model` is no module or not patched; "direct" under the cubic
-            schedule before its last allocation, while pruned directions may still come back.
+        TypeError, ValueError: `model` is no module, not patched, or has other layers since;
+            "direct" under the cubic schedule before its last allocation, while pruned directions
+            may still come back.
     """
-    compact_adapter(find_adapter(model))
+    compact_adapter(intact_adapter(model))
     return model
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from .nn.adapter import HyperAdapter
 from .nn.linear import HALLinear
-from .patching import find_adapter
+from .patching import find_adapter, intact_adapter
 
 
 class Factors(NamedTuple):
@@ -40,12 +40,12 @@ def factors(model: nn.Module) -> dict[str, Factors]:
         model: a patched model (or a wrapper around one), or a single `HALLinear` (name "").
 
     Raises:
-        TypeError, ValueError: `model` is no module, or not patched.
+        TypeError, ValueError: `model` is no module, not patched, or has other layers since.
     """
     if isinstance(model, HALLinear) and model._hal is None:
         own = (model.p.detach().t(), model.lam.detach(), model.q.detach())
         return {"": Factors(*own, model.mask, model.scaling)}
-    return adapter_factors(find_adapter(model))
+    return adapter_factors(intact_adapter(model))
 
 
 def adapter_factors(adapter: HyperAdapter) -> dict[str, Factors]:
@@ -64,9 +64,9 @@ def rank_pattern(model: nn.Module) -> dict[str, int]:
     """How many singular directions each layer keeps, by layer name. Waits for the device.
 
     Raises:
-        TypeError, ValueError: `model` is no module, or not patched.
+        TypeError, ValueError: `model` is no module, not patched, or has other layers since.
     """
-    return adapter_rank_pattern(find_adapter(model))
+    return adapter_rank_pattern(intact_adapter(model))
 
 
 def adapter_rank_pattern(adapter: HyperAdapter) -> dict[str, int]:

@@ -16,6 +16,7 @@ from .patching import (
     attach,
     detach_adapter,
     enabled_adapter,
+    expect_in_place,
     expect_unpatched,
     find_adapter,
     owner_of,
@@ -26,6 +27,7 @@ from .targets import base_weight
 
 class _Merged(NamedTuple):
     adapter: HyperAdapter
+    layers: dict[str, Any]
     base_weights: dict[str, torch.Tensor]  # on the CPU
     requires_grad: dict[str, bool]
 
@@ -42,9 +44,9 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
         The module that was patched: the same model, without the submodule ``hal``.
 
     Raises:
-        TypeError, ValueError: `model` is no module or not patched; a layer is quantized, shares its
-            weight with another module, or its merged weight would hold NaN or Inf. The model is
-            then as it was.
+        TypeError, ValueError: `model` is no module, not patched, or has other layers than when it
+            was patched; a layer is quantized, shares its weight with another module, or its merged
+            weight would hold NaN or Inf. The model is then as it was.
     """
     adapter, owner = enabled_adapter(model), owner_of(model)
     layers = adapted_layers(owner)
@@ -52,18 +54,18 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
     deltas = {name: f.delta() for name, f in factors(owner).items()}
     with torch.no_grad():
         for name, layer in layers.items():
-            if not _merged_weight(layer, deltas[name]).isfinite().all():
+            if not merged_weight(layer, deltas[name]).isfinite().all():
                 raise ValueError(f"merge: the merged weight of {name!r} holds NaN or Inf")
         base = {}
         for name, layer in layers.items():
             weight = base_weight(layer)
             if keep_base:
                 base[name] = weight.detach().to("cpu", copy=True)
-            weight.copy_(_merged_weight(layer, deltas[name]))
+            weight.copy_(merged_weight(layer, deltas[name]))
     flags = {name: p.requires_grad for name, p in owner.named_parameters()}
     detach_adapter(owner)
     if keep_base:
-        owner.__dict__["_hal_merged"] = _Merged(adapter, base, flags)
+        owner.__dict__["_hal_merged"] = _Merged(adapter, layers, base, flags)
     return owner
 
 
@@ -71,8 +73,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: base weights bit for bit as they were, and the adapter in its place.
 
     Raises:
-        TypeError, ValueError: `model` is no module, holds no merged adapter, or was merged with
-            ``keep_base=False``.
+        TypeError, ValueError: `model` is no module, holds no merged adapter, was merged with
+            ``keep_base=False``, or has other layers since. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected torch.nn.Module")
@@ -82,20 +84,18 @@ def unmerge(model: nn.Module) -> nn.Module:
             "model holds no merged adapter (it was never merged, or with keep_base=False)"
         )
     merged: _Merged = owner.__dict__.pop("_hal_merged")
+    layers = merged.layers
     try:
+        expect_in_place(owner, layers)
         expect_unpatched(owner)
-        names = [spec.name for spec in merged.adapter.layout.layers]
-        layers = {name: owner.get_submodule(name) for name in names}
-    except (ValueError, AttributeError) as error:
+    except ValueError:
         owner.__dict__["_hal_merged"] = merged
-        if isinstance(error, AttributeError):
-            raise ValueError(f"unmerge: the model lacks one of {names} now ({error})") from None
         raise
     device = next(iter(layers.values())).weight.device
-    adapter = merged.adapter.to(device=device)  # type: ignore[arg-type]
+    adapter = merged.adapter.to(device=device)
     attach(owner, adapter, layers, list(adapter.saved_modules))
     with torch.no_grad():
-        for name, layer in adapted_layers(owner).items():
+        for name, layer in layers.items():
             base_weight(layer).copy_(merged.base_weights[name])
     for name, parameter in owner.named_parameters():
         parameter.requires_grad_(merged.requires_grad.get(name, parameter.requires_grad))
@@ -149,18 +149,19 @@ def _exchange(model: nn.Module, pairs: list[tuple[torch.Tensor, torch.Tensor]]) 
                 store[name] = replacement.get(id(tensor), tensor)
 
 
-def _merged_weight(layer: AdaptedLayer, delta: torch.Tensor) -> torch.Tensor:
+def merged_weight(layer: AdaptedLayer, delta: torch.Tensor) -> torch.Tensor:
+    """The layer's weight as ``[d_out, d_in]``, with ΔW added, in its own dtype."""
     weight = base_weight(layer)
     return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
 
 def _expect_mergeable(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
-    owners: dict[int, set[str]] = {}
+    owners: dict[int, dict[int, str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             # A tensor that holds others (torchao's) has no storage of its own.
             if parameter is not None and type(parameter.data) is torch.Tensor:
-                owners.setdefault(parameter.untyped_storage().data_ptr(), set()).add(name)
+                owners.setdefault(parameter.untyped_storage().data_ptr(), {})[id(module)] = name
     for name, layer in layers.items():
         if is_foreign(layer):
             assert layer._hal is not None
@@ -175,8 +176,9 @@ def _expect_mergeable(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None
                 f"merge: the weight of {name!r} is computed anew in each forward (weight_norm?), "
                 "which would undo the merge"
             )
-        shared = owners[base_weight(layer).untyped_storage().data_ptr()] - {name}
-        if shared:
+        holders = owners[base_weight(layer).untyped_storage().data_ptr()]
+        others = sorted(other for module, other in holders.items() if module != id(layer))
+        if others:
             raise ValueError(
-                f"merge: the weight of {name!r} is shared with {sorted(shared)}, which would change"
+                f"merge: the weight of {name!r} is shared with {others}, which would change"
             )

@@ -83,11 +83,10 @@ def new_adapter(
         ValueError: what `HALConfig.for_layers` raises.
     """
     narrowest = {name: min(pair) for name, pair in widths.items()}
-    config = config.for_layers(narrowest)
-    specs = [
-        LayerSpec(name, *pair, config.init_rank_of(name, narrowest[name]))
-        for name, pair in widths.items()
-    ]
+    config, specs = config.for_layers(narrowest), []
+    for name, pair in widths.items():
+        rank = config.init_rank_of(name, narrowest[name])
+        specs.append(LayerSpec(name, *pair, rank, rank, config.scaling_of(name)))
     return HyperAdapter(config, Layout(specs), device)
 
 
@@ -211,9 +210,17 @@ def find_adapter(model: nn.Module) -> HyperAdapter:
     return adapter
 
 
-def enabled_adapter(model: nn.Module) -> HyperAdapter:
-    """`find_adapter`, refused inside a `disabled` block, where trained modules are put aside."""
+def intact_adapter(model: nn.Module) -> HyperAdapter:
+    """`find_adapter`, refused if a patched model's layers are no longer those that were adapted."""
     adapter = find_adapter(model)
+    if any(m._modules.get(ATTRIBUTE) is adapter for m in model.modules()):
+        adapted_layers(model)
+    return adapter
+
+
+def enabled_adapter(model: nn.Module) -> HyperAdapter:
+    """`intact_adapter`, refused inside a `disabled` block, where trained modules are put aside."""
+    adapter = intact_adapter(model)
     if adapter.disabled:
         raise ValueError("the adapter is disabled here: leave the disabled(model) block first")
     return adapter
@@ -224,11 +231,71 @@ def owner_of(model: nn.Module) -> nn.Module:
     return _owner(model)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers by name, in the adapter's order."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
-    patched = {n: m for n, m in layers.items() if m._hal is not None}
-    return dict(sorted(patched.items(), key=lambda item: item[1]._hal.index))  # type: ignore[union-attr]
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers of a patched model, as `layers_of` gives them.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, or not patched; what `layers_of` raises.
+    """
+    owner = _owner(model)
+    return layers_of(owner, getattr(owner, ATTRIBUTE), lambda m: getattr(m, "_hal", None))
+
+
+def layers_of(
+    model: nn.Module, adapter: HyperAdapter, slot_of: Callable[[nn.Module], LayerSlot | None]
+) -> dict[str, Any]:
+    """The layers of an adapter, in its order, by the names that they had when it was made.
+
+    A layer is recognised by the module itself, and may lie in a wrapper (torch.compile's, an
+    activation checkpoint's) that was put around a part of the model since.
+
+    Args:
+        slot_of: a module's place in an adapter of this kind, if any.
+
+    Raises:
+        ValueError: the model has other layers since, or the same ones in other places.
+    """
+    specs = adapter.layout.layers
+    found: dict[int, nn.Module] = {}
+    added = []
+    for name, module in model.named_modules():
+        slot = slot_of(module)
+        if slot is not None and slot.adapter is adapter and slot.index not in found:
+            found[slot.index] = module
+        elif slot is not None:
+            added.append(name)  # a copy of a layer, perhaps with a copy of the adapter
+    layers = {spec.name: found[i] for i, spec in enumerate(specs) if i in found}
+    expect_in_place(model, layers, [s.name for s in specs if s.name not in layers], added)
+    return layers
+
+
+def expect_in_place(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    missing: Sequence[str] = (),
+    added: Sequence[str] = (),
+) -> None:
+    """Raise ValueError unless each layer is in `model`, and no other module but a wrapper around it
+    has its name.
+
+    Args:
+        missing, added: names of further layers to complain about.
+    """
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    gone = [*missing, *(name for name, layer in layers.items() if id(layer) not in names)]
+    faults = [f"missing {gone}"] if gone else []
+    faults += [f"added {[*added]}"] if added else []
+    for name, layer in layers.items():
+        here = names.get(id(layer), name)
+        wrapped = here.startswith(f"{name}.")
+        if modules.get(name, layer) is not layer and not wrapped and here != name:
+            faults.append(f"{name!r} is {here!r} now")
+    if faults:
+        raise ValueError(
+            f"the model's layers are no longer those that were adapted: {'; '.join(faults)}. Put "
+            "them back where they were, or change a model before it gets an adapter"
+        )
 
 
 def _owner(model: nn.Module) -> nn.Module:
@@ -336,4 +403,9 @@ def saved_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of each module trained in full beside the adapter."""
     owner = _owner(model)
     for name in find_adapter(model).saved_modules:
-        yield name, owner.get_submodule(name)
+        try:
+            yield name, owner.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"model lacks {name!r} now, which is trained in full with its adapter"
+            ) from None

@@ -2,24 +2,22 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import signal
-import time
+import threading
 from pathlib import Path
 
 import models
 import pytest
 import torch
 from lifecycle import patched, small_hypernets, unchanged
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from training import adam, assert_equal, batches, state, train
 
 import hal_kernels
-from hal_kernels import load_adapter, save_adapter
+from hal_kernels import export_lora, load_adapter, save_adapter
+from hal_kernels.files import held
 
 JSON = "adapter.json"
 
@@ -49,18 +47,19 @@ def tensor_file(folder):
 
 
 def rewrite(folder, change=None, tensors=None):
-    """Alter the JSON, or the tensors and all that vouches for them."""
+    """Forge a checkpoint: alter what it says, or its tensors, and all that vouches for them."""
     header = json.loads((folder / JSON).read_text())
+    values = load_file(tensor_file(folder))
     if tensors is not None:
-        with safe_open(tensor_file(folder), "pt") as file:
-            metadata = file.metadata()
-        values = load_file(tensor_file(folder))
         tensors(values)
-        data = save(values, metadata)
-        header["tensors"]["sha256"] = hashlib.sha256(data).hexdigest()
-        tensor_file(folder).write_bytes(data)
+    del header["tensors"]["sha256"]
     if change is not None:
         change(header)
+    original = {key: value for key, value in header.items() if key != "tensors"}
+    data = save(values, {"header": json.dumps(original)})
+    if isinstance(header.get("tensors"), dict):
+        header["tensors"].setdefault("sha256", hashlib.sha256(data).hexdigest())
+    tensor_file(folder).write_bytes(data)
     (folder / JSON).write_text(json.dumps(header))
 
 
@@ -76,7 +75,8 @@ def test_files_and_their_content(saved):
     assert header["tensors"] == {"file": tensor_file(folder).name, "sha256": digest}
     assert header["format"] == 1 and header["steps"] == 5
     assert hal_kernels.HALConfig.from_dict(header["config"]) == model.hal.config
-    assert header["layers"][0] == {"name": "up.0", "d_in": 16, "d_out": 24, "rank": 3}
+    expected = {"name": "up.0", "d_in": 16, "d_out": 24, "rank": 3, "init_rank": 3, "scaling": 4.0}
+    assert header["layers"][0] == expected
     assert header["saved_modules"] == ["classifier"]
     tensors = load_file(tensor_file(folder))
     assert set(tensors) == {f"hal.{k}" for k in model.hal.state_dict()} | {
@@ -111,21 +111,22 @@ def test_leftovers_of_killed_saves_do_not_matter(saved, tmp_path):
     folder = copied(folder, tmp_path)
     (folder / f".{JSON}.abc").write_text("{")
     (folder / ".adapter-0.safetensors.x").write_bytes(b"half")
-    (folder / "adapter-00.safetensors").write_bytes(b"whole, but no JSON names it")
+    nobodys = folder / f"adapter-{'0' * 16}.safetensors"
+    nobodys.write_bytes(b"whole, but no JSON names it")
     assert_equal(state(load_adapter(models.net(), folder)), state(model))
     save_adapter(model, folder)
-    assert not (folder / "adapter-00.safetensors").exists()
+    assert not nobodys.exists()
     assert_equal(state(load_adapter(models.net(), folder)), state(model))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     model = patched()
     (tmp_path / "file").write_text("")
+    message = r"expected a folder: .*file is a file"
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with unchanged(model), pytest.raises(OSError, match="file"):
-            save_adapter(model, path)
-        with unchanged(model), pytest.raises(OSError, match="file"):
-            hal_kernels.export_lora(model, path)
+        for write in (save_adapter, export_lora):
+            with unchanged(model), pytest.raises(NotADirectoryError, match=message):
+                write(model, path)
     assert (tmp_path / "file").read_text() == ""
 
 
@@ -150,71 +151,20 @@ def test_a_full_disk_leaves_the_former_checkpoint(call, saved, tmp_path, monkeyp
     assert_equal(state(load_adapter(models.net(), folder)), state(model))
 
 
-# -- SIGKILL ---------------------------------------------------------------------------------------
-
-
-def two_models():
-    return [patched(models.net(hidden=512, seed=seed)) for seed in (1, 2)]
-
-
-def nursery(pipe):
-    """Runs in a process of its own, without threads: forks one that saves, whenever asked to."""
-    torch.set_num_threads(1)
-    pair = two_models()
-    for folder, pause in iter(pipe.recv, None):
-        child = os.fork()
-        if not child:
-            save_for_ever(pair, folder, pause)
-        pipe.send(child)
-        os.waitpid(child, 0)
-        pipe.send("gone")
-
-
-def save_for_ever(pair, folder, pause):
-    swap = os.replace
-
-    def replace(source, target):
-        time.sleep(pause)
-        swap(source, target)
-        time.sleep(pause)
-
-    os.replace = replace
-    while True:
-        for model in pair:
-            save_adapter(model, folder)
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
-def test_sigkill_at_any_moment_of_a_save(tmp_path):
-    expected = [state(model) for model in two_models()]
-    chance, seen, files = random.Random(0), set(), set()
-    pipe, end = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=nursery, args=(end,))
-    process.start()
-    # With pauses, kills fall between the two files of a save; without, anywhere.
-    for pause in (0.0, 0.01):
-        folder = tmp_path / str(pause)
-        begun = time.perf_counter()
-        save_adapter(two_models()[1], folder)
-        one_save = time.perf_counter() - begun + 4 * pause
-        for _ in range(12):
-            pipe.send((folder, pause))
-            child = pipe.recv()
-            time.sleep(chance.uniform(0.0, 3 * one_save))
-            os.kill(child, signal.SIGKILL)
-            assert pipe.recv() == "gone"
-            loaded = state(load_adapter(models.net(hidden=512, seed=7), folder))
-            found = [i for i, s in enumerate(expected) if same(loaded, s)]
-            assert len(found) == 1, "the checkpoint is neither of the two states"
-            seen.add(found[0])
-            files.add(len([p for p in folder.iterdir() if p.suffix == ".safetensors"]))
-    pipe.send(None)
-    process.join()
-    assert seen == {0, 1}, "every kill left the same state"
-    assert 2 in files, "no kill fell between the two files"
+def test_what_a_living_process_writes_is_left_alone(saved, tmp_path):
+    model, folder = saved[0], copied(saved[1], tmp_path)
+    other = folder / f".{JSON}.ab12cd34"
+    thread = threading.Thread(target=save_adapter, args=(model, folder))
+    with held(folder, []):
+        other.write_text("being written")
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive() and other.exists()
+    thread.join()
+    assert not other.exists() and len([*folder.iterdir()]) == 2
+    (folder / f".{JSON}.swp").write_text("an editor's")
+    save_adapter(model, folder)
+    assert (folder / f".{JSON}.swp").exists()
 
 
 # -- damage ----------------------------------------------------------------------------------------
@@ -222,7 +172,6 @@ def test_sigkill_at_any_moment_of_a_save(tmp_path):
 
 def refuse(folder, message, error=ValueError):
     """Loading fails, into an unpatched model and a patched one, and changes neither."""
-    message = rf"{message}|adapter\.json was altered after it was saved"
     plain, adapted = models.net(), patched(init_rank=3, interval=2, allocation="ema", seed=2)
     for model in (plain, adapted):
         with unchanged(model), pytest.raises(error, match=message):
@@ -309,6 +258,15 @@ def drop(key):
     return lambda header: header.pop(key)
 
 
+def forged_rank(rank):
+    def change(header):
+        header["config"] |= {"rank": rank, "init_rank": rank}
+        for layer in header["layers"]:
+            layer |= {"rank": rank, "init_rank": rank, "scaling": 8 / min(rank, 10**300)}
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -316,9 +274,10 @@ def drop(key):
         (put("format", "1"), r"has format '1', expected 1"),
         (put("tensors", "file", "../adapter.safetensors"), r"names the tensor file '\.\./adap"),
         (put("tensors", "file", "/etc/passwd"), r"names the tensor file '/etc/passwd'"),
-        (put("tensors", "file", 3), r"names the tensor file 3, expected a plain file name"),
+        (put("tensors", "file", 3), r"names the tensor file 3, expected adapter-<16 digits>\.safe"),
+        (put("tensors", "file", "\0\ud800"), r"names the tensor file '\\x00\\ud800'"),
         (put("tensors", "file", ".."), r"names (the tensor file )?'?\.\."),
-        (put("tensors", "file", JSON), r"adapter\.json is damaged: its SHA-256"),
+        (put("tensors", "file", JSON), r"names the tensor file 'adapter\.json'"),
         (put("tensors", "sha256", "0" * 64), r"is damaged: its SHA-256 is \w+, adapter\.js"),
         (put("tensors", []), r"not a valid checkpoint"),
         (put("config", "learning_rate", 1.0), r"config has unknown options: 'learning_rate'"),
@@ -329,14 +288,23 @@ def drop(key):
         (put("config", "init_rank", 1000), r"init_rank"),
         (put("config", "targets", 5), r"targets"),
         (put("config", "modules_to_save", "("), r"modules_to_save"),
-        (put("config", "modules_to_save", []), r"modules_to_save|saved_modules|classifier"),
-        (put("config", "modules_to_save", ["up.0"]), r"modules_to_save|saved_modules|up\.0"),
         (put("config", []), r"not a valid checkpoint|don't fit"),
         (put("config", "hypernet", "bert"), r"missing .*unexpected|hypernet='bert'"),
         (put("layers", 3), r"not a valid checkpoint"),
         (put("layers", []), r"layers"),
         (put("layers", [{"name": "up.0"}]), r"not a valid checkpoint"),
-        (put("layers", 0, "rank", 4), r"has shape \(6, 16\), expected \(7, 16\)"),
+        (put("layers", 0, "rank", 4), r"'up\.0' has rank 4 and init_rank 3, expected rank <= init"),
+        (put("layers", 0, "rank", 2), r"'lam' for the adapter has shape \(12,\), expected \(11,\)"),
+        (put("layers", 0, "init_rank", 10**8), r"init_rank 100000000, expected .* <= 16"),
+        (put("layers", 0, "init_rank", 4), r"init_rank of 'up\.0' is 4, not 3"),
+        (put("layers", 0, "scaling", 0.5), r"scaling of 'up\.0' is 0\.5, not 4\.0"),
+        (put("layers", 0, "scaling", float("inf")), r"scaling of layer 'up\.0' is inf"),
+        (forged_rank(10**8), r"rank 100000000 and init_rank 100000000, expected .* <= 16"),
+        (forged_rank(16), r"'lam' for the adapter has shape \(12,\), expected \(64,\)"),
+        (forged_rank(10**400), r"not a valid checkpoint"),
+        (put("config", "alpha", 10**400), r"not a valid checkpoint"),
+        (put("config", "targets", "(" * 5000), r"not a valid checkpoint"),
+        (put("config", "targets", "a{99999999999}"), r"not a valid checkpoint"),
         (put("layers", 0, "rank", "3"), r"rank"),
         (put("layers", 0, "rank", -3), r"rank|shape"),
         (put("layers", 0, "d_in", 8), r"'up\.0' as 8 -> 24, here it is 16 -> 24"),
@@ -351,8 +319,11 @@ def drop(key):
         (put("saved_modules", []), r"classifier"),
         (put("saved_modules", ["head"]), r"'head'"),
         (put("saved_modules", ["up.0"]), r"'up\.0'"),
-        (put("steps", "many"), r"steps"),
-        (put("steps", 99), r"steps"),
+        (put("saved_modules", ["down", "classifier"]), r"'down' in full, which holds \['down\.0'"),
+        (put("saved_modules", [""]), r"holds '', which Net lacks"),
+        (put("saved_modules", ["classifier", "classifier"]), r"expected distinct names"),
+        (put("steps", "many"), r"steps is 'many', expected an int"),
+        (put("steps", 99), r"says steps 99, its tensors say 5"),
     ],
 )
 def test_altered_json(change, message, saved, tmp_path):
@@ -365,11 +336,48 @@ def test_altered_json(change, message, saved, tmp_path):
     ("tensors", "message"),
     [
         (drop("hal.mask"), r"missing \['mask'\], unexpected \[\]"),
+        (drop("hal.lam"), r"missing \['lam'\], unexpected \[\]"),
         (put("hal.extra", torch.ones(1)), r"missing \[\], unexpected \['extra'\]"),
+        (put("extra", torch.ones(1)), r"tensors of nothing it names: \['extra'\]"),
         (put("hal.lam", torch.ones(5)), r"'lam' for the adapter has shape \(5,\)"),
+        (put("hal.lam", torch.ones(())), r"'lam' for the adapter has shape \(\)"),
+        (put("hal.lam", torch.ones(12).int()), r"'lam' for the adapter has dtype torch\.int32"),
+        (
+            put("hal.lam", torch.ones(12).cfloat()),
+            r"'lam' for the adapter has dtype torch\.complex",
+        ),
+        (
+            put("hal.lam", torch.ones(12).double()),
+            r"'.*' for the adapter has dtype .*, expected .*64",
+        ),
+        (put("hal.lam", torch.ones(12) / 0), r"'lam' for the adapter holds NaN or Inf"),
+        (
+            put("hal.p_16", torch.ones(6, 16) * torch.nan),
+            r"'p_16' for the adapter holds NaN or Inf",
+        ),
+        (
+            put("hal.mask", torch.full((12,), 0.5)),
+            r"'mask' for the adapter holds other values than",
+        ),
         (drop("saved.classifier.bias"), r"'classifier' don't fit; missing \['bias'\]"),
         (put("saved.classifier.weight", torch.ones(4, 16)), r"'weight' for 'classifier' has shape"),
-        (put("hal._extra_state", torch.ones(2, dtype=torch.int64)), r"_extra_state"),
+        (put("saved.classifier.bias", torch.ones(3).int()), r"'bias' for 'classifier' has dtype"),
+        (
+            put("saved.classifier.bias", torch.ones(3) * torch.nan),
+            r"'bias' for 'classifier' holds N",
+        ),
+        (drop("hal._extra_state"), r"missing \['_extra_state'\]"),
+        (put("hal._extra_state", torch.ones(2, dtype=torch.int64)), r"_extra_state has 2 numbers"),
+        (put("hal._extra_state", torch.tensor([-5])), r"_extra_state begins with -5\.0"),
+        (put("hal._extra_state", torch.tensor([0.5])), r"_extra_state begins with 0\.5"),
+        (put("hal._extra_state", torch.tensor([torch.nan])), r"_extra_state begins with nan"),
+        (put("hal._extra_state", torch.tensor([5j])), r"_extra_state begins with nan"),
+        (
+            put("hal._extra_state", torch.tensor(5)),
+            r"_extra_state begins with nan and has shape \(\)",
+        ),
+        (put("hal._extra_state", torch.tensor([])), r"_extra_state begins with nan"),
+        (put("hal._extra_state", torch.tensor([6])), r"says steps 5, its tensors say 6"),
     ],
 )
 def test_altered_tensors(tensors, message, saved, tmp_path):
@@ -378,9 +386,53 @@ def test_altered_tensors(tensors, message, saved, tmp_path):
     refuse(folder, message)
 
 
+@pytest.mark.parametrize("original", ["[]", "3", "null", "[" * 100_000, "{", "{}"], ids=len)
+def test_tensor_files_own_header(original, saved, tmp_path):
+    folder = copied(saved[1], tmp_path)
+    header = json.loads((folder / JSON).read_text())
+    data = save(load_file(tensor_file(folder)), {"header": original})
+    tensor_file(folder).write_bytes(data)
+    header["tensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / JSON).write_text(json.dumps(header))
+    refuse(folder, r"is not a valid safetensors file|was altered after it was saved")
+
+
+def test_json_altered_alone(saved, tmp_path):
+    folder = copied(saved[1], tmp_path)
+    header = json.loads((folder / JSON).read_text())
+    header["config"]["gamma"] = 0.5
+    (folder / JSON).write_text(json.dumps(header))
+    refuse(folder, r"was altered after it was saved: its tensors were saved with another 'config'")
+
+
+def test_a_regular_expression_that_takes_for_ever(saved, tmp_path):
+    """What patterns say of each layer is saved with it: loading matches none."""
+    folder = copied(saved[1], tmp_path)
+    pattern = r"(.*.*)*x"
+
+    def change(header):
+        header["config"] |= {
+            "rank_pattern": {pattern: 3}, "alpha_pattern": {pattern: 8.0}, "targets": pattern,
+            "exclude": pattern, "modules_to_save": pattern,
+        }  # fmt: skip
+
+    rewrite(folder, change)
+    assert_equal(state(load_adapter(models.net(), folder)), state(saved[0]))
+
+    def drop_what_they_say(header):
+        change(header)
+        for layer in header["layers"]:
+            del layer["init_rank"], layer["scaling"]
+
+    rewrite(folder, drop_what_they_say)
+    refuse(folder, r"not a valid checkpoint: .*init_rank.*scaling")
+
+
 def test_a_file_that_is_no_safetensors(saved, tmp_path):
     folder = copied(saved[1], tmp_path)
     data = b"\xff" * 64
     tensor_file(folder).write_bytes(data)
-    rewrite(folder, put("tensors", "sha256", hashlib.sha256(data).hexdigest()))
+    header = json.loads((folder / JSON).read_text())
+    header["tensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / JSON).write_text(json.dumps(header))
     refuse(folder, "is not a valid safetensors file")

@@ -178,11 +178,20 @@ def test_model_holds_two_adapters(name):
 
 
 @pytest.mark.parametrize("name", ["save_adapter", "load_adapter", "export_lora"])
-@pytest.mark.parametrize("path", [None, 3, ["a"]])
+@pytest.mark.parametrize("path", [None, 3, ["a"], b"a"])
 def test_path_is_no_path(name, path):
     model = patched()
     message = rf"(?i)path.*{type(path).__name__}"
     with unchanged(model), pytest.raises(TypeError, match=message):
+        getattr(hk, name)(model, path)
+
+
+@pytest.mark.parametrize("name", ["save_adapter", "load_adapter", "export_lora"])
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_path_of_nothing(name, path):
+    model = patched()
+    message = r"path is '(a\\x00b)?', expected a folder's path \('\.' is the current folder\)"
+    with unchanged(model), pytest.raises(ValueError, match=message):
         getattr(hk, name)(model, path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import warnings
 
 import models
@@ -16,6 +17,9 @@ import hal_kernels
 from hal_kernels import export_lora
 
 peft = pytest.importorskip("peft")
+hf = pytest.importorskip("transformers")
+
+from peft_method import zoo  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 MAKERS = {"bert": models.bert, "llama": models.llama, "gpt2": models.gpt2, "net": models.net}
@@ -134,7 +138,8 @@ def test_names_that_end_alike(kept, targets, tmp_path):
         for name, module in found.named_modules()
         if hasattr(module, "lora_A") and module.r
     }
-    assert ranks == {name: rank for name, rank in kept.items() if rank}
+    largest = max(kept.values())
+    assert ranks == {name: largest for name, rank in kept.items() if rank}
 
 
 def test_after_compact(tmp_path):
@@ -189,8 +194,9 @@ def test_config_and_tensors(tmp_path):
     assert header["target_modules"] == list(hal_kernels.rank_pattern(model))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     first = "base_model.model.bert.encoder.layer.0.attention.self.query"
-    assert tensors[f"{first}.lora_A.weight"].shape == (2, 32)
-    assert tensors[f"{first}.lora_B.weight"].shape == (32, 2)
+    a, b = (tensors[f"{first}.lora_{x}.weight"] for x in "AB")
+    assert a.shape == (3, 32) and b.shape == (32, 3)  # the other layers' rank, with zeros
+    assert not a[2].any() and not b[:, 2].any() and a[:2].all(dim=1).all() and b[:, :2].any()
     assert torch.equal(tensors["base_model.model.classifier.weight"], model.classifier.weight)
 
 
@@ -223,12 +229,154 @@ def test_nothing_to_save_in_full(tmp_path):
     assert_same_logits(model, models.net(), tmp_path, torch.float32)
 
 
-def test_trained_modules_that_share_a_parameter(tmp_path):
-    options = {"modules_to_save": ["lm_head", "embed_tokens"]}
-    model = patched(models.llama(tie_word_embeddings=True), **options)
-    train(model, adam(model), batches(model, 2))
+TIED = {
+    "llama": (lambda: models.llama(tie_word_embeddings=True), ("embed_tokens",)),
+    "both": (lambda: models.llama(tie_word_embeddings=True), ("lm_head", "embed_tokens")),
+    "gpt2": (models.gpt2, ("wte",)),
+    "t5": (zoo.BY_NAME["t5"].make, ("shared",)),
+    "mlm": (zoo.made(hf.BertForMaskedLM, lambda: hf.BertConfig(**zoo.SMALL)), ("word_embeddings",)),
+    "mlm head": (zoo.made(hf.BertForMaskedLM, lambda: hf.BertConfig(**zoo.SMALL)), ("decoder",)),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_trained_modules_that_share_a_parameter(case, tmp_path):
+    make, modules_to_save = TIED[case]
+    model = patched(make().train(), modules_to_save=modules_to_save)
+    data = zoo.two_texts(model)
+    train(model, adam(model, 0.1), [data] * 3)
     export_lora(model, tmp_path)
-    assert_same_logits(model, models.llama(tie_word_embeddings=True), tmp_path, torch.float32)
+    found = in_peft(make(), tmp_path).eval()
+    expected = predict(model, **data)
+    with torch.no_grad():
+        torch.testing.assert_close(found(**data).logits, expected, rtol=0, atol=1e-4)
+        assert (make().eval()(**data).logits - expected).abs().max() > 0.1
+
+
+def test_an_adapted_layer_tied_to_a_module_trained_in_full(tmp_path):
+    model = patched(
+        models.llama(tie_word_embeddings=True), modules_to_save=["embed_tokens"],
+        targets=["lm_head", "q_proj"],
+    )  # fmt: skip
+    with unchanged(model), pytest.raises(ValueError, match=r"'lm_head' shares a parameter with"):
+        export_lora(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+class Alike(nn.Module):
+    """Names that PEFT takes for the head's, an inner layer among them; a layer of two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.pre_classifier = nn.Linear(16, 16)
+        self.lin = nn.Linear(16, 16)
+        self.first = nn.Linear(16, 16)
+        self.second = self.first
+        self.classifier = nn.Linear(16, 3)
+
+    def forward(self, x, labels=None):
+        logits = self.classifier(self.second(self.first(self.pre_classifier(self.lin(x)))))
+        return {"logits": logits, "loss": logits.sum()}
+
+
+def test_layers_that_peft_has_no_lora_for(tmp_path):
+    """They are exported with ΔW in their weight, as DistilBERT's pre_classifier."""
+
+    def make():
+        torch.manual_seed(0)
+        return Alike().double()
+
+    model = patched(make(), dtype=torch.float64)
+    export_lora(model, tmp_path)
+    header = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert header["modules_to_save"] == ["classifier", "pre_classifier", "first", "second"]
+    assert header["target_modules"] == ["lin"]
+    assert_same_logits(model, make(), tmp_path, torch.float64)
+
+
+def read(folder, formula):
+    """Every layer's ΔW, as one of the readers of PEFT's format makes it."""
+    header = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    deltas = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            b = tensors[key.replace("lora_A", "lora_B")]
+            deltas[name] = formula(header, name, len(a)) * (b @ a)
+    return deltas
+
+
+def by_patterns(header, name, rank):  # PEFT
+    def own(field, default):
+        pattern = header.get(field) or {}
+        return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", name)), default)
+
+    assert own("rank_pattern", header["r"]) == rank
+    return own("alpha_pattern", header["lora_alpha"]) / rank
+
+
+def by_config(header, name, rank):  # vLLM: for all layers, whose ranks may be smaller
+    assert rank <= header["r"]
+    return header["lora_alpha"] / header["r"]
+
+
+def by_tensor(header, name, rank):  # llama.cpp
+    return header["lora_alpha"] / rank
+
+
+@pytest.mark.parametrize("formula", [by_patterns, by_config, by_tensor])
+def test_every_reader_gets_the_same(formula, tmp_path):
+    options = {"init_rank": 3, "rank_pattern": {"up.0": 5}, "alpha_pattern": {"down.0": 3.0}}
+    model = patched(dtype=torch.float64, **options)
+    prune(model, 0, 6)
+    export_lora(model, tmp_path)
+    found = read(tmp_path, formula)
+    for name, f in hal_kernels.factors(model).items():
+        torch.testing.assert_close(found.pop(name), f.delta())
+    assert not found
+
+
+TASKS = [
+    (models.bert, "SEQ_CLS", "AutoPeftModelForSequenceClassification"),
+    (models.llama, "CAUSAL_LM", "AutoPeftModelForCausalLM"),
+    (models.gpt2, "CAUSAL_LM", "AutoPeftModelForCausalLM"),
+    (zoo.BY_NAME["t5"].make, "SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
+    (zoo.BY_NAME["vit"].make, None, "AutoPeftModel"),
+    (zoo.BY_NAME["whisper"].make, None, "AutoPeftModel"),
+    (zoo.made(hf.BertForTokenClassification, lambda: hf.BertConfig(**zoo.SMALL)),
+     "TOKEN_CLS", "AutoPeftModelForTokenClassification"),
+    (zoo.made(hf.BertForQuestionAnswering, lambda: hf.BertConfig(**zoo.SMALL)),
+     "QUESTION_ANS", "AutoPeftModelForQuestionAnswering"),
+    (zoo.made(hf.BertModel, lambda: hf.BertConfig(**zoo.SMALL)), None, "AutoPeftModel"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "task", "auto"), TASKS)
+def test_task_type_is_the_models(make, task, auto, tmp_path):
+    make().save_pretrained(tmp_path / "base")
+    base = type(make()).from_pretrained(tmp_path / "base")
+    export_lora(patched(base, targets=r".*\.(q|query|q_proj|c_attn)"), tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["task_type"] == task
+    found = getattr(peft, auto).from_pretrained(tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    loaded = peft.get_peft_model_state_dict(found)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "task"),
+    [
+        ({"modules_to_save": ()}, None),  # the head is a LoRA layer then
+        ({"modules_to_save": (), "exclude": ["classifier"]}, None),  # PEFT would miss its weights
+    ],
+)
+def test_no_task_type_whose_head_is_not_in_the_export(options, task, tmp_path):
+    model = patched(models.bert(), **options)
+    export_lora(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is task
+    assert_same_logits(model, models.bert(), tmp_path, torch.float32)
 
 
 def test_merging_in_peft_equals_merging_here(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from ..config import HALConfig
 from ..ops.ragged import Slots
 from .added import adder
-from .alignment import Alignment, alignment_steps, extra_state_sizes, nothing
+from .alignment import Alignment, alignment_steps, nothing, saved_steps
 from .allocation import allocate, announce, last_allocation
 from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
@@ -103,8 +103,7 @@ class HyperAdapter(State):
     def set_layout(self, layout: Layout) -> None:
         """Take over where each layer's rows lie (at the start, and after compaction)."""
         self.layout = layout
-        self.scalings = [self.config.scaling_of(spec.name) for spec in layout.layers]
-        self.initial_rows = self.config.initial_rows(layout.narrowest)
+        self.scalings = [spec.scaling for spec in layout.layers]
         self.budget = self.config.budget(layout.narrowest)
         device, dtype = self.mask.device, self.mask.dtype
         if self.config.spectral:
@@ -469,7 +468,7 @@ class HyperAdapter(State):
     @property
     def last_allocation(self) -> int:
         """The optimizer step after which the mask stays as it is."""
-        return last_allocation(self.config, self.budget, self.initial_rows)
+        return last_allocation(self.config, self.budget, self.layout.initial_rows)
 
     @property
     def effective_mask(self) -> torch.Tensor:
@@ -489,14 +488,8 @@ class HyperAdapter(State):
         return torch.cat([torch.tensor([self.steps], dtype=torch.float64), sums])
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        steps, numbers = int(state[0]), state.numel()
-        sizes = extra_state_sizes(self.config, self.layout, steps)
-        if numbers not in sizes:
-            raise ValueError(
-                f"_extra_state has {numbers} numbers, expected {' or '.join(map(str, sizes))} "
-                f"after {steps} steps"
-            )
-        self.steps = steps
+        steps = saved_steps(self.config, self.layout, state)
+        self.steps, numbers = steps, state.numel()
         self._make_alignment()
         if steps > 0 and numbers == 1:
             self._alignment = None

@@ -30,8 +30,7 @@ OVERSAMPLING = 8  # columns of a sketch beyond the rank
 
 def alignment_steps(config: HALConfig, layout: Layout) -> int:
     """How many optimizer steps choose directions: none that allocates, or comes after."""
-    steps, budget = 0, config.budget(layout.narrowest)
-    initial = config.initial_rows(layout.narrowest)
+    steps, budget, initial = 0, config.budget(layout.narrowest), layout.initial_rows
     if config.aligned:
         while steps < STEPS and pruned_count(config, budget, initial, steps + 1) is None:
             steps += 1
@@ -51,13 +50,32 @@ def sketch_size(layout: Layout) -> int:
     )
 
 
-def extra_state_sizes(config: HALConfig, layout: Layout, steps: int) -> list[int]:
-    """How many numbers an adapter's extra state may hold: the step, and sketches under way.
+def saved_steps(config: HALConfig, layout: Layout, state: torch.Tensor) -> int:
+    """The step that an adapter's extra state says; sketches follow it while they are under way.
 
     It has no sketches where Λ was not zero at the start, so that directions were not chosen.
+
+    Raises:
+        ValueError: it says no step, or is not what an adapter has then.
     """
-    under_way = 0 < steps < alignment_steps(config, layout)
-    return [1, 1 + sketch_size(layout)] if under_way else [1]
+    numbers = state.numel()
+    first = float(state[0]) if state.dim() == 1 and numbers and not state.is_complex() else math.nan
+    if not (first >= 0 and first.is_integer()):
+        raise ValueError(
+            f"_extra_state begins with {first} and has shape {tuple(state.shape)}, expected a "
+            "vector that begins with a number of steps"
+        )
+    steps, sizes = int(state[0]), [1]
+    if 0 < steps < alignment_steps(config, layout):
+        sizes.append(1 + sketch_size(layout))
+    if numbers not in sizes:
+        raise ValueError(
+            f"_extra_state has {numbers} numbers, expected {' or '.join(map(str, sizes))} after "
+            f"{steps} steps"
+        )
+    if config.skip_nonfinite and not state.isfinite().all():
+        raise ValueError("_extra_state holds NaN or Inf")
+    return steps
 
 
 class Alignment:

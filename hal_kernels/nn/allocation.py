@@ -86,7 +86,7 @@ def announce(adapter: "HyperAdapter") -> None:
         logger.warning(
             "hal_kernels: the layers start with %d directions and will keep %d (rank=%d) from "
             "optimizer step %d on; for a shorter run, give patch_model its length (total_step=…)",
-            adapter.initial_rows, adapter.budget, adapter.config.rank, last,
+            adapter.layout.initial_rows, adapter.budget, adapter.config.rank, last,
         )  # fmt: skip
 
 
@@ -98,9 +98,9 @@ def allocate(adapter: "HyperAdapter") -> None:
         adapter.last_allocation + (config.schedule == "fixed")
     ):
         _update_importance(adapter)
-    count = pruned_count(config, adapter.budget, adapter.initial_rows, adapter.steps)
+    count = pruned_count(config, adapter.budget, adapter.layout.initial_rows, adapter.steps)
     if count is not None:
-        gone = adapter.initial_rows - adapter.layout.rows  # dropped by compaction
+        gone = adapter.layout.initial_rows - adapter.layout.rows  # dropped by compaction
         scores = _scores(adapter)
         adapter.mask.copy_(prune_smallest(scores, max(count - gone, 0)))
     if adapter.direct and (count is not None or adapter.holds_mask):

@@ -11,23 +11,39 @@ from collections.abc import Sequence
 
 import torch
 
+from ..ops._library import expect_number
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """One adapted layer: its name in the model, its widths and its current rank."""
+    """One adapted layer.
+
+    Attributes:
+        name: in the model.
+        d_in, d_out: its widths.
+        rank: its current rank.
+        init_rank: the rank that it started with.
+        scaling: s = alpha / rank of the configuration.
+    """
 
     name: str
     d_in: int
     d_out: int
     rank: int
+    init_rank: int
+    scaling: float
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"name is {self.name!r}, expected a layer's name")
-        for field, least in (("d_in", 1), ("d_out", 1), ("rank", 0)):
+        for field, least in (("d_in", 1), ("d_out", 1), ("rank", 0), ("init_rank", 0)):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{field} of layer {self.name!r} is {value!r}, expected an int")
+                raise ValueError(
+                    f"{field} of layer {self.name!r} is {value!r}, expected an int of at least "
+                    f"{least}"
+                )
+        expect_number(f"scaling of layer {self.name!r}", self.scaling, above=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +100,7 @@ class Layout:
         self.rows = sum(self.ranks)
         self.offsets = _offsets(self.ranks)
         self.max_rank = max(self.ranks)
+        self.initial_rows = sum(layer.init_rank for layer in layers)
         self.narrowest = {layer.name: min(layer.d_in, layer.d_out) for layer in layers}
         """Each layer's narrower side, by name."""
         self.p = Side(layers, [layer.d_in for layer in layers])

@@ -4,26 +4,31 @@ Both compute ΔW = s·QᵀΛPᵀ, with lora_A = Pᵀ, lora_E = Λ and lora_B = Q
 s = lora_alpha / (init_r + 1e-5), HyperAdaLoRA's lora_alpha / r.
 """
 
+import contextlib
+import json
 import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import peft
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from hal_kernels.checkpoint import serialized, write_atomically
+from hal_kernels.checks import INVALID, expect_finite, expect_tensors
 from hal_kernels.export import exact_targets
+from hal_kernels.files import folder_path, serialized, write_together
 from hal_kernels.introspection import adapter_factors
+from hal_kernels.nn.adapter import HyperAdapter
 from hal_kernels.nn.allocation import INTERVAL
+from hal_kernels.nn.linear import adapted_class, linear_widths
 
 from .peft_config import HyperAdaLoraConfig
 from .peft_model import HyperAdaLoraModel
-from .peft_state import LAYERS, PROGRESS, State, by_layer
+from .peft_state import LAYERS, PROGRESS, State, by_layer, expect_others
 
 RANK_OFFSET = 1e-5
 """What AdaLoRA adds to the rank that divides its scaling."""
@@ -50,18 +55,55 @@ def load_adalora(
         FileNotFoundError: no safetensors file there. ValueError: it is no AdaLoRA checkpoint, or
             does not fit the model.
     """
-    config = peft.PeftConfig.from_pretrained(str(path))
+    folder = folder_path(path)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{path} holds no {name}")
+    try:
+        config = peft.PeftConfig.from_pretrained(str(path))
+        tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (SafetensorError, *INVALID) as error:
+        raise ValueError(f"{path} holds no checkpoint of PEFT's: {error!r}") from error
     if not isinstance(config, peft.AdaLoraConfig):
         raise ValueError(f"path holds a {type(config).__name__}, expected PEFT's AdaLoraConfig")
-    file = Path(path) / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no {SAFETENSORS_WEIGHTS_NAME}")
-    tensors = load_file(file)
-    factors = _factors(tensors)
-    adapted = peft.get_peft_model(
-        model, _config(config, factors, is_trainable=is_trainable), adapter_name
-    )
-    adapter = _tuner(adapted)._adapter(adapter_name)
+    factors = _factors(tensors, model)
+    others = {key: value for key, value in tensors.items() if ".lora_" not in key}
+    expect_others(model, others)
+    try:
+        with _unchanged_on_failure(model):
+            ours = _config(config, factors, is_trainable=is_trainable)
+            adapted = peft.get_peft_model(model, ours, adapter_name)
+            tuner = _tuner(adapted)
+            state = _state(config, tuner._adapter(adapter_name), factors)
+            for key, saved in tuner.saved_modules(adapter_name).items():
+                state |= {f"{LAYERS}{key}.{k}": v for k, v in saved.items()}  # heads left alone
+            set_peft_model_state_dict(adapted, state | others, adapter_name)
+    except INVALID as error:  # PEFT's own, for what it finds wrong or misses, are of many kinds
+        raise ValueError(f"{path} does not fit the model: {error!r}") from error
+    return adapted.train(is_trainable)
+
+
+@contextlib.contextmanager
+def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Undo what PEFT did to a model (wrappers, hooks, flags; no value) if the block raises."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    fields = [
+        (m, {k: v.copy() if isinstance(v, dict) else v for k, v in vars(m).items()})
+        for m in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, before in fields:
+            vars(module).clear()
+            vars(module).update(before)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _state(config: Any, adapter: HyperAdapter, factors: Mapping[str, State]) -> State:
+    """An AdaLoRA checkpoint's factors as a checkpoint of HyperAdaLoRA."""
     state: State = {}
     for key, own in by_layer(adapter.layout, adapter.state_dict()).items():
         name, _, short = key.removeprefix(LAYERS).rpartition(".hal_")
@@ -73,11 +115,7 @@ def load_adalora(
             rank = len(factors[name]["lam"])
             found = own.new_full((rank, *own.shape[1:]), 1.0 if short == "mask" else 0.0)
         state[key] = found
-    for key, saved in _tuner(adapted).saved_modules(adapter_name).items():
-        state |= {f"{LAYERS}{key}.{k}": v for k, v in saved.items()}  # heads left alone
-    others = {key: value for key, value in tensors.items() if ".lora_" not in key}
-    set_peft_model_state_dict(adapted, state | others, adapter_name)
-    return adapted.train(is_trainable)
+    return state
 
 
 def export_adalora(
@@ -96,7 +134,8 @@ def export_adalora(
         TypeError: `model` has no HyperAdaLoRA adapter. ValueError: no such adapter.
     """
     tuner = _tuner(model)
-    adapter = tuner._adapter(adapter_name)
+    folder = folder_path(path, to_write=True)
+    adapter = tuner._intact(adapter_name)
     name = adapter_name or tuner.active_adapters[0]
     config, layers = tuner.peft_config[name], adapter_factors(adapter)
     init_r = max(adapter.config.init_rank or 1, *(len(f.mask) for f in layers.values()))
@@ -130,10 +169,12 @@ def export_adalora(
         orth_reg_weight=config.gamma,
         rank_pattern=pattern,
     )
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SAFETENSORS_WEIGHTS_NAME, serialized(tensors))
-    theirs.save_pretrained(str(folder))
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in theirs.to_dict().items()}
+    files = {
+        SAFETENSORS_WEIGHTS_NAME: serialized(tensors),
+        CONFIG_NAME: json.dumps(values, indent=2, sort_keys=True).encode(),
+    }
+    write_together(folder, files)
 
 
 def _tuner(model: nn.Module) -> HyperAdaLoraModel:
@@ -143,18 +184,35 @@ def _tuner(model: nn.Module) -> HyperAdaLoraModel:
     return tuner
 
 
-def _factors(tensors: Mapping[str, torch.Tensor]) -> dict[str, State]:
-    """P, Λ and Q of each layer of an AdaLoRA checkpoint."""
-    names = [
-        k.removeprefix(LAYERS).removesuffix(".lora_A") for k in tensors if k.endswith(".lora_A")
-    ]
-    found = {}
-    for name in names:
-        a, b, e = (tensors[f"{LAYERS}{name}.lora_{part}"] for part in "ABE")
-        found[name] = {"p": a, "lam": e[:, 0], "q": b.t()}
-    if not found:
+def _factors(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, State]:
+    """P, Λ and Q of each layer of an AdaLoRA checkpoint.
+
+    Raises:
+        ValueError: they are not of the model's layers, or not what an adapter holds.
+    """
+    expect_finite(tensors, "the model", or_inf=True)
+    modules = dict(model.named_modules())
+    parts: dict[str, State] = {}
+    for key, value in tensors.items():
+        name, found, part = key.removeprefix(LAYERS).rpartition(".lora_")
+        if found:
+            parts.setdefault(name, {})[part] = value
+    factors = {}
+    for name, own in parts.items():
+        layer = modules.get(name)
+        if layer is None or adapted_class(layer) is None:
+            raise ValueError(f"path adapts {name!r}, which is no linear layer of the model")
+        d_in, d_out = linear_widths(layer)
+        rank = len(own["E"]) if "E" in own and own["E"].dim() else 0
+        rank = min(rank, d_in, d_out)
+        shapes = {"A": (rank, d_in), "B": (d_out, rank), "E": (rank, 1)}
+        expected = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
+        expect_tensors(expected, own, f"{name!r}")
+        expect_finite(own, f"{name!r}")
+        factors[name] = {"p": own["A"], "lam": own["E"][:, 0], "q": own["B"].t()}
+    if not factors:
         raise ValueError("path holds no tensors of AdaLoRA's: none is called lora_A")
-    return found
+    return factors
 
 
 def _config(theirs: Any, factors: Mapping[str, State], *, is_trainable: bool) -> HyperAdaLoraConfig:

@@ -24,13 +24,13 @@ from hal_kernels.introspection import Factors, adapter_factors, adapter_rank_pat
 from hal_kernels.nn.adapter import HyperAdapter
 from hal_kernels.nn.linear import HALLinear, adapted_class, linear_widths
 from hal_kernels.nn.shared_input import SharedInput, find_groups
-from hal_kernels.patching import hook_forward, new_adapter
+from hal_kernels.patching import hook_forward, layers_of, new_adapter
 from hal_kernels.targets import matches
 
 from .peft_config import HyperAdaLoraConfig, in_peft_names
 from .peft_layer import AdapterUsers, HyperAdaLoraLinear, PeftSlot
 from .peft_names import expect_free_name, is_saved, unwrapped_name, with_task_heads
-from .peft_state import LAYERS, REST, State, by_layer, packed, resize
+from .peft_state import LAYERS, REST, State, by_layer, expect_others, packed, resize
 from .quantized import is_quantized
 
 
@@ -286,11 +286,11 @@ class HyperAdaLoraModel(BaseTuner):
 
     def factors(self, adapter_name: str | None = None) -> dict[str, Factors]:
         """What `hal_kernels.factors` gives, of one adapter; None: of the active one."""
-        return adapter_factors(self._adapter(adapter_name))
+        return adapter_factors(self._intact(adapter_name))
 
     def rank_pattern(self, adapter_name: str | None = None) -> dict[str, int]:
         """How many singular directions each layer keeps. Waits for the device."""
-        return adapter_rank_pattern(self._adapter(adapter_name))
+        return adapter_rank_pattern(self._intact(adapter_name))
 
     def penalty(self, adapter_name: str | None = None) -> torch.Tensor:
         """γ · orthogonality penalty, for a loss that the model does not compute itself."""
@@ -298,7 +298,7 @@ class HyperAdaLoraModel(BaseTuner):
 
     def compact(self, adapter_name: str | None = None) -> None:
         """Drop pruned directions for good, as `hal_kernels.compact` does."""
-        compact_adapter(self._adapter(adapter_name))
+        compact_adapter(self._intact(adapter_name))
 
     def export_lora(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
         """Write an adapter as plain LoRA, which loads without this library.
@@ -306,7 +306,7 @@ class HyperAdaLoraModel(BaseTuner):
         Raises:
             ValueError: no such adapter, or all its directions are pruned. OSError: can't write.
         """
-        adapter = self._adapter(adapter_name)
+        adapter = self._intact(adapter_name)
         name = adapter_name or self.active_adapters[0]
         config = self.peft_config[name]
         write_lora(
@@ -349,6 +349,13 @@ class HyperAdaLoraModel(BaseTuner):
         assert isinstance(adapter, HyperAdapter)
         return adapter
 
+    def _intact(self, name: str | None) -> HyperAdapter:
+        """`_adapter`, refused if the model's layers are no longer those that were adapted."""
+        adapter = self._adapter(name)
+        name = self.active_adapters[0] if name is None else name
+        layers_of(self.model, adapter, lambda m: getattr(m, "_slots", {}).get(name))
+        return adapter
+
     # -- checkpoints -----------------------------------------------------------------------------
 
     @classmethod
@@ -361,7 +368,7 @@ class HyperAdaLoraModel(BaseTuner):
         unwanted_adapter_names: Sequence[str],
     ) -> State:
         where, tuner = _tuner(model)
-        adapter = tuner._adapter(adapter_name)
+        adapter = tuner._intact(adapter_name)
         given = {unwrapped_name(key): value for key, value in state_dict.items()}
         prefix = unwrapped_name(f"{where}hal_adapters.{adapter_name}.")
         own = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
@@ -401,10 +408,11 @@ class HyperAdaLoraModel(BaseTuner):
         where, tuner = _tuner(model)
         if "_fsdp_wrapped_module." in where:
             raise ValueError("model is wrapped in FSDP, where only a part would load; load first")
-        adapter = tuner._adapter(adapter_name)
+        adapter = tuner._intact(adapter_name)
         layout, own = packed(adapter, {k: v for k, v in state_dict.items() if _is_own(k)})
-        resize(adapter, layout)
         others = {k: v for k, v in state_dict.items() if not _is_own(k)}
+        expect_others(model, others)
+        resize(adapter, layout)
         prefix = f"{where}hal_adapters.{adapter_name}."
         return others | {prefix + key: value for key, value in own.items()}
 

@@ -8,9 +8,11 @@ hypernetworks, the progress) is ``base_model.hal_adapter.<name>``.
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import nn
 
+from hal_kernels.checks import expect_finite, expect_mask, expect_tensors
 from hal_kernels.nn.adapter import HyperAdapter
-from hal_kernels.nn.alignment import extra_state_sizes
+from hal_kernels.nn.alignment import saved_steps
 from hal_kernels.nn.layout import Layout
 from hal_kernels.nn.tensors import replace_data
 
@@ -44,7 +46,8 @@ def packed(adapter: HyperAdapter, state: Mapping[str, torch.Tensor]) -> tuple[La
         state: the adapter's tensors alone, as `by_layer` names them.
 
     Raises:
-        ValueError: tensors are missing, left over, or of another width. Nothing was changed.
+        ValueError: tensors are missing, left over, of another width or dtype, or hold what no
+            adapter holds. Nothing was changed.
     """
     layout, own = adapter.layout, adapter.state_dict()
     expected = by_layer(layout, own)
@@ -54,20 +57,34 @@ def packed(adapter: HyperAdapter, state: Mapping[str, torch.Tensor]) -> tuple[La
             f"{_some(expected.keys() - state.keys())} and also has "
             f"{_some(state.keys() - expected.keys())}"
         )
-    ranks = [len(state[f"{LAYERS}{spec.name}.hal_lam"]) for spec in layout.layers]
-    loaded = layout.with_ranks(ranks)
-    expected[PROGRESS] = torch.empty(_progress_size(adapter, loaded, state[PROGRESS]))
-    for key, tensor in state.items():
-        index = next(
-            (i for i, s in enumerate(layout.layers) if key.startswith(f"{LAYERS}{s.name}.hal_")),
-            None,
-        )
-        rows = () if index is None else (ranks[index],)
-        shape = (*rows, *expected[key].shape[len(rows) :])
-        if tensor.shape != shape:
+    ranks = {}
+    for spec in layout.layers:
+        name = f"{LAYERS}{spec.name}.hal_lam"
+        lam, narrowest = state[name], min(spec.d_in, spec.d_out)
+        if lam.dim() != 1 or len(lam) > narrowest:
             raise ValueError(
-                f"the checkpoint's {key} has shape {tuple(tensor.shape)}, expected {shape}"
+                f"the checkpoint's {name} has shape {tuple(lam.shape)}, expected at most "
+                f"{narrowest} numbers (the layer's narrowest side)"
             )
+        ranks[f"{LAYERS}{spec.name}"] = len(lam)
+    if not any(ranks.values()):
+        raise ValueError("the checkpoint has no direction in any layer")
+    loaded = layout.with_ranks(list(ranks.values()))
+    for key, value in expected.items():
+        layer = key.rpartition(".hal_")[0]
+        if layer in ranks:
+            expected[key] = value.new_empty(ranks[layer], *value.shape[1:])
+    expected[PROGRESS] = state[PROGRESS]
+    expect_tensors(expected, state, "the adapter")
+    factors = {key: value for key, value in state.items() if key != PROGRESS}
+    expect_finite(factors, "the adapter")
+    for key, value in factors.items():
+        if key.endswith(".hal_mask"):
+            expect_mask(value, key)
+    try:
+        saved_steps(adapter.config, loaded, state[PROGRESS])
+    except ValueError as error:
+        raise ValueError(f"the checkpoint's {PROGRESS} does not fit: {error}") from None
     layout = loaded
     result = {key: state[f"{REST}{_file_name(key)}"] for key in own if _is_rest(layout, key)}
     for key, short, layers in _rows(layout):
@@ -110,11 +127,13 @@ def _file_name(key: str) -> str:
     return PROGRESS.removeprefix(REST) if key == "_extra_state" else key
 
 
-def _progress_size(adapter: HyperAdapter, layout: Layout, progress: torch.Tensor) -> int:
-    """How many numbers the extra state should hold at the step that it says."""
-    steps = int(progress[0]) if progress.numel() else 0
-    sizes = extra_state_sizes(adapter.config, layout, steps)
-    return progress.numel() if progress.numel() in sizes else sizes[-1]
+def expect_others(model: nn.Module, others: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless a checkpoint's other tensors, of modules trained in full, fit."""
+    own: State = model.state_dict()
+    names = {key: key if key in own else key.removeprefix(LAYERS) for key in others}
+    fitting = {key: own[name] for key, name in names.items() if name in own}
+    expect_tensors(fitting, others, "the modules trained in full")
+    expect_finite(others, "the modules trained in full", or_inf=True)
 
 
 def _some(keys: set[str]) -> str:

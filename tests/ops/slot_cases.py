@@ -16,7 +16,7 @@ LAYERS = {"equal": EQUAL, "unequal": UNEQUAL, "empty": EMPTY, "alone": ALONE}
 
 
 def slots_of(layers) -> Slots:
-    layout = Layout([LayerSpec(f"l{i}", *layer) for i, layer in enumerate(layers)])
+    layout = Layout([LayerSpec(f"l{i}", *layer, layer[2], 1.0) for i, layer in enumerate(layers)])
 
     def indices(*values):
         return tuple(torch.tensor(v, dtype=torch.int64, device=DEVICE) for v in values)

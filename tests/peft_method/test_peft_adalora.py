@@ -6,6 +6,8 @@ import math
 import peft
 import pytest
 import torch
+from lifecycle import unchanged
+from safetensors.torch import load_file, save_file
 
 import hal_peft
 
@@ -148,9 +150,55 @@ def test_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_model\.safetensors"):
         hal_peft.load_adalora(case.base(), tmp_path / "no")
     adalora(case).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"No modules were targeted|not found in"):
+    with pytest.raises(ValueError, match=r"adapts '\w+\.0', which is no linear layer of the model"):
         hal_peft.load_adalora(zoo.BY_NAME["bert"].base(), tmp_path / "other")
     with pytest.raises(TypeError, match="model is a Net, expected a HyperAdaLoRA PeftModel"):
         hal_peft.export_adalora(case.base(), tmp_path)
     with pytest.raises(ValueError, match=r"adapter_name is 'x', expected one of \['default'\]"):
         hal_peft.export_adalora(model, tmp_path, "x")
+
+
+UP, HEAD = "base_model.model.up.0.lora_", "base_model.model.classifier."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{UP}E"), r"'up\.0' don't fit; missing \['E'\]"),
+        (lambda t: t.update({f"{UP}X": torch.ones(1)}), r"unexpected \['X'\]"),
+        (
+            lambda t: t.update({f"{UP}E": torch.ones(10**6, 1)}),
+            r"'A' for 'up\.0' has shape \(3, 16\)",
+        ),
+        (lambda t: t.update({f"{UP}E": torch.ones(3)}), r"'E' for 'up\.0' has shape \(3,\)"),
+        (lambda t: t.update({f"{UP}A": torch.ones(3, 16).int()}), r"'A' for 'up\.0' has dtype"),
+        (
+            lambda t: t.update({f"{UP}A": torch.ones(3, 16) / 0}),
+            r"'A' for 'up\.0' holds NaN or Inf",
+        ),
+        (lambda t: t.update({"base_model.model.x": torch.ones(1)}), r"unexpected \['.*model\.x'\]"),
+        (lambda t: t.pop(f"{HEAD}bias"), r"does not fit the model: .*classifier\.bias"),
+        (lambda t: t.update({f"{HEAD}bias": torch.ones(4)}), r"bias' .* has shape \(4,\)"),
+        (
+            lambda t: t.pop("base_model.model.down.1.lora_A"),
+            r"'down\.1' don't fit; missing \['A'\]",
+        ),
+        (None, r"holds no checkpoint of PEFT's"),
+        (b"\xff" * 64, r"holds no checkpoint of PEFT's"),
+    ],
+)
+def test_damaged_files(change, message, tmp_path):
+    case = zoo.BY_NAME["mlp"]
+    adalora(case).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    if callable(change):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+    elif change is None:
+        (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    else:
+        file.write_bytes(change)
+    model = case.base()
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        hal_peft.load_adalora(model, tmp_path)

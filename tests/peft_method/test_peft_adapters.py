@@ -297,24 +297,40 @@ def rewritten(path, change):
     save_file(tensors, path / WEIGHTS, {"format": "pt"})
 
 
-UP = "base_model.model.up.0.hal_"
+UP, HEAD = "base_model.model.up.0.hal_", "base_model.model.classifier."
+STEPS = "base_model.hal_adapter.progress"
+
+
+def put(name, change):
+    """A function that sets a tensor to what `change` makes of it."""
+    return lambda tensors: tensors.update({name: change(tensors.get(name, torch.ones(3)))})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t.pop(f"{UP}q"), r"it lacks \['base_model\.model\.up\.0\.hal_q'\]"),
-        (lambda t: t.update({f"{UP}z": t[f"{UP}q"].clone()}), r"also has \['.*hal_z'\]"),
-        (lambda t: t.update({f"{UP}p": t[f"{UP}p"][:2]}), r"hal_p has shape \(2, 16\), expected"),
-        (lambda t: t.update({f"{UP}p": t[f"{UP}p"][:, :3]}), r"shape \(3, 3\), expected \(3, 16\)"),
-        (lambda t: t.update({f"{UP}mask": torch.ones(3, 1)}), r"shape \(3, 1\), expected \(3,\)"),
+        (put(f"{UP}z", torch.clone), r"also has \['.*hal_z'\]"),
+        (put(f"{UP}p", lambda t: t[:2]), r"hal_p' .* has shape \(2, 16\), expected"),
+        (put(f"{UP}p", lambda t: t[:, :3]), r"shape \(3, 3\), expected \(3, 16\)"),
+        (put(f"{UP}mask", lambda t: t[:, None]), r"shape \(3, 1\), expected \(3,\)"),
+        (put(f"{UP}mask", lambda t: t / 2), r"hal_mask' .* other values than"),
+        (put(f"{UP}lam", torch.max), r"hal_lam has shape \(\), expected at most 16 numbers"),
+        (put(f"{UP}lam", lambda t: t.repeat(6)), r"hal_lam has shape \(18,\), expected at most 16"),
+        (put(f"{UP}lam", torch.Tensor.int), r"hal_lam' .* has dtype torch\.int32"),
+        (put(f"{UP}q", lambda t: t * torch.nan), r"hal_q' .* holds NaN or Inf"),
         (
-            lambda t: t.update({"base_model.hal_adapter.progress": torch.tensor([0, 1])}),
-            r"progress has shape \(2,\), expected \(1,\)",
+            put(STEPS, lambda t: t.repeat(2)),
+            r"progress does not fit: .* 2 numbers, expected 1 after",
         ),
-        (lambda t: t.pop("base_model.hal_adapter.progress"), r"it lacks \['.*adapter\.progress"),
+        (put(STEPS, lambda t: t - 5), r"progress does not fit: _extra_state begins with -5\.0"),
+        (put(STEPS, lambda t: t * torch.nan), r"progress does not fit: .* begins with nan"),
+        (lambda t: t.pop(STEPS), r"it lacks \['.*adapter\.progress"),
+        (put("base_model.model.x", torch.clone), r"unexpected \['.*model\.x'\]"),
+        (put(f"{HEAD}bias", lambda t: t[:2]), r"bias' .* has shape \(2,\)"),
+        (put(f"{HEAD}bias", lambda t: t * torch.nan), r"bias' .* holds NaN or Inf"),
     ],
-)  # fmt: skip
+)
 def test_files_that_do_not_fit(change, message, tmp_path):
     model = mlp()
     model.save_pretrained(tmp_path)
