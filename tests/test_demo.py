@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 
-from hal_peft import demo, stdlib_corpus
+from hal_peft import demo, stdlib_corpus, text_data
 from hal_peft.demo_data import accuracy, training_batches
 from hal_peft.plots import RankGrid, running_mean
 from hal_peft.text_data import read_jsonl_pair
@@ -171,13 +171,32 @@ BAD_FILES = {
         '{"text": "a", "label": 0.5}\n',
         'train.jsonl:3: "label" must be an int or a str, found 0.5',
     ),
+    "label is NaN": ('{"text": "a", "label": NaN}\n', "an int or a str, found nan"),
+    "a key twice": (
+        '{"text": "a", "label": 0, "label": 1}\n',
+        "train.jsonl:3: not JSON ('label' stands there twice)",
+    ),
+    "a pair among single texts": (
+        '{"sentence1": "a", "sentence2": "b", "label": 0}\n',
+        "train.jsonl:3: holds a pair of texts, but the first row of",
+    ),
+    "half a character": ('{"text": "\\ud800", "label": 0}\n', "train.jsonl:3: half a character"),
+    "a bottomless list": ("[" * 100_000, "train.jsonl:3: not JSON (maximum recursion depth"),
+    "a number of 5000 digits": ('{"label": 1' + 5000 * "0" + "}", "train.jsonl:3: not JSON"),
+    "a label that is a number and a text": (
+        '{"text": "a", "label": "0"}\n',
+        "some labels differ in their type alone: [0, 1, '0']",
+    ),
+    "a line without end": (f'{{"text": "{1000 * "a"}", "label": 0}}', "longer than 500 characters"),
+    "Latin-1": ('{"text": "\udcff", "label": 0}\n', "not a UTF-8 JSONL file"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_jsonl_line_is_named(tmp_path, case):
+def test_bad_jsonl_line_is_named(tmp_path, case, monkeypatch):
+    monkeypatch.setattr(text_data, "LINE", 500 if "without end" in case else text_data.LINE)
     line, message = BAD_FILES[case]
-    (tmp_path / "train.jsonl").write_text(GOOD + line)
+    (tmp_path / "train.jsonl").write_text(GOOD + line, errors="surrogateescape")
     dev = _jsonl(tmp_path / "dev.jsonl", {"text": "c", "label": 0})
     with pytest.raises(ValueError) as error:
         read_jsonl_pair(tmp_path / "train.jsonl", dev)
@@ -197,8 +216,20 @@ def test_jsonl_with_unknown_held_out_label_or_one_label_or_nothing(tmp_path):
         read_jsonl_pair(tmp_path / "empty.jsonl", odd)
 
 
+def test_jsonl_as_windows_writes_it(tmp_path):
+    """With a byte order mark, and with carriage returns."""
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    data = read_jsonl_pair(path, path)
+    assert [(e.text, e.label) for e in data.train] == [("a", 0), ("b", 1)]
+
+
+PACKED = gzip.compress(GOOD.encode() * 99, mtime=0)
+
+
 @pytest.mark.parametrize(
-    "content", [b"\x1f\x8b\x08", GOOD.encode(), gzip.compress(b"{}", mtime=0)[:-6]]
+    "content",
+    [b"\x1f\x8b\x08", GOOD.encode(), PACKED[:-6], PACKED[:20] + b"\xff" * 9 + PACKED[29:]],
 )
 def test_broken_gzip_is_a_clear_error(tmp_path, content):
     path = tmp_path / "train.jsonl.gz"

@@ -197,7 +197,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         console.print(_describe(data))
         try:
             tokenizer = demo_methods.load_tokenizer(settings.model)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise DemoError(str(error)) from error
         contenders = [demo_methods.build(m, settings, len(data.label_names)) for m in _METHODS]
         # Waited for before anything is timed.

@@ -17,7 +17,11 @@ _STRIDE = 3  # coprime with it
 
 
 def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[dict[str, Any]]:
-    """Tokenize without padding: one dict a row, as `collate` takes it."""
+    """Tokenize without padding: one dict a row, as `collate` takes it.
+
+    Raises:
+        ValueError: a text has no token, naming its source.
+    """
     pairs = [example.pair for example in examples]
     encoded = tokenizer(
         [example.text for example in examples],
@@ -27,6 +31,8 @@ def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list
     )
     rows = [{key: encoded[key][i] for key in encoded} for i in range(len(examples))]
     for row, example in zip(rows, examples, strict=True):
+        if not row["input_ids"]:
+            raise ValueError(f"{example.source}: the text {example.text!r} has no token")
         row["labels"] = example.label
     return rows
 

@@ -105,9 +105,19 @@ def build(method: str, settings: Settings, num_labels: int) -> Contender:
 
 
 def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, which pads with its end-of-text token if it has no other.
+
+    Raises:
+        OSError, ValueError: it can't be loaded, or has neither token.
+    """
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:  # decoder models
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "the tokenizer has neither a padding nor an end-of-text token: set its pad_token, and "
+            "save it beside the model"
+        )
     return tokenizer
 
 
@@ -117,8 +127,7 @@ def load_base(name: str, num_labels: int, seed: int) -> Any:
     model = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=num_labels, dtype=torch.float32
     )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = model.config.eos_token_id
+    model.config.pad_token_id = load_tokenizer(name).pad_token_id
     return model
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .code_execution import passes
-from .prompts import GSM8K, HUMANEVAL, Prompted
+from .prompts import GSM8K, HUMANEVAL, Prompted, encode
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 # Where a HumanEval answer ends: the next thing at the margin.
@@ -112,11 +112,10 @@ def write_answers(
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = tokenizer(
-                [examples[i].prompt for i in chosen],
-                return_tensors="pt", padding=True, truncation=True, max_length=max_length,
-            ).to(model.device)  # fmt: skip
-            batch.pop("token_type_ids", None)
+            ids = encode(
+                tokenizer, [examples[i] for i in chosen], truncation=True, max_length=max_length
+            )
+            batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
             written = model.generate(
                 **batch,
                 do_sample=False,

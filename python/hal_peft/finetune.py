@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(*parse(list(sys.argv[1:] if argv is None else argv)))
     except OptionsError as error:
-        print(f"hal-finetune: error: {error}", file=sys.stderr)
+        print(f"hal-finetune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -40,7 +40,11 @@ def _run(data: DataOptions, method: MethodOptions, run: RunOptions) -> int:
 
     assert run.output_dir is not None and data.model is not None  # settled with the options
     out = Path(run.output_dir)
-    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint = get_last_checkpoint(str(out))
+    except OSError as error:
+        raise OptionsError(f"--output_dir {out}: {error}") from error
     if checkpoint and run.do_train and not run.resume and not run.resume_from_checkpoint:
         raise OptionsError(f"--output_dir {out} holds a run: --resume goes on with it")
     if run.resume and checkpoint is None:
@@ -52,28 +56,37 @@ def _run(data: DataOptions, method: MethodOptions, run: RunOptions) -> int:
         task = finetune_data.load(data, run.seed)
     try:
         tokenizer = load_tokenizer(data.model)
-    except (OSError, ValueError) as error:
-        raise OptionsError(f"--model {data.model}: {error}") from error
+    except Exception as error:  # any kind: of the network, the hub, its files, tokenizers
+        words = f"its tokenizer can't be loaded ({type(error).__name__}: {error})"
+        raise OptionsError(f"--model {data.model}: {words}") from error
     collate: Any
+    names: list[str] | None = None
     if task.labelled is not None:
-        names: list[str] | None = task.labelled.label_names
+        names = task.labelled.label_names
         train, held_out = finetune_data.encode_labelled(tokenizer, task.labelled, data.max_length)
         collate = DataCollatorWithPadding(tokenizer)
     else:
-        names = None
-        train, held_out = (
-            finetune_data.encode_prompted(tokenizer, rows, data.max_length)
-            for rows in (task.train, task.held_out)
-        )
-        _tell_of_long_prompts(run, len(task.train), len(train), data.max_length)
+        train = finetune_data.encode_prompted(tokenizer, task.train, data.max_length)
+        held_out = finetune_data.encode_prompted(tokenizer, task.held_out, data.max_length)
         collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=finetune_data.IGNORED)
+        if len(train) < len(task.train):
+            left = f"{len(task.train) - len(train)} of {len(task.train)} rows left out"
+            _say(run, f"{left}: their prompt takes {data.max_length} tokens, or more")
     steps = _total_steps(len(train), run)
     if run.do_train and run.get_warmup_steps(steps) >= steps:
         _say(run, f"warm-up takes {run.warmup_steps:g} of {steps} steps: see --warmup_steps")
 
     full = method.method == "full"
     model = finetune_model.load_base(data, names, full=full, seed=run.seed)
-    model = finetune_model.adapt(model, method, steps, run.seed)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    finetune_model.expect_fit(model, tokenizer, [*train, *held_out], data)
+    writes = names is None and run.do_eval and data.generate
+    if writes:
+        asked = prompts.encode(tokenizer, task.held_out)
+        finetune_model.expect_room(model, min(max(map(len, asked)), data.max_length), data)
+    model = finetune_model.adapt(
+        model, method, classifies=names is not None, total_steps=steps, seed=run.seed
+    )
     set_seed(run.seed)
     trainer = AdapterTrainer(
         model,
@@ -94,14 +107,18 @@ def _run(data: DataOptions, method: MethodOptions, run: RunOptions) -> int:
         trainer.model_accepts_loss_kwargs = False
     before = finetune_model.ranks(model, method.method)
     if run.do_train:
-        trainer.train(
-            resume_from_checkpoint=checkpoint if run.resume else run.resume_from_checkpoint
-        )
+        resumed = checkpoint if run.resume else run.resume_from_checkpoint
+        if resumed is not None:
+            finetune_model.expect_resumable(model, method.method, Path(resumed))
+        try:
+            trainer.train(resume_from_checkpoint=resumed)
+        except ImportError as error:  # what an option of TrainingArguments needs
+            raise OptionsError(str(error)) from error
         _save(trainer, method.method, out)
     metrics = {}
     if run.do_eval:
         metrics = trainer.evaluate()
-        if names is None and data.generate:
+        if writes:
             metrics |= _judged(trainer, task, data, tokenizer)
             trainer.log({k: v for k, v in metrics.items() if k.startswith("eval_answers_")})
         if task.form == prompts.HUMANEVAL and not data.allow_code_execution:
@@ -194,7 +211,8 @@ def _initial(before: dict[str, int], model: Any, method: str) -> dict[str, int]:
     from .finetune_model import ON_KERNELS
 
     if method in ON_KERNELS:
-        return dict.fromkeys(before, model.hal.config.init_rank)
+        config, layers = model.hal.config, model.hal.layout.layers
+        return {s.name: config.init_rank_of(s.name, min(s.d_in, s.d_out)) for s in layers}
     return before
 
 
@@ -215,13 +233,6 @@ def _settings(data: DataOptions, method: MethodOptions, run: RunOptions) -> dict
 def _shown(metrics: dict[str, float]) -> dict[str, float]:
     hidden = ("_runtime", "_per_second", "epoch")
     return {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(hidden)}
-
-
-def _tell_of_long_prompts(run: RunOptions, rows: int, kept: int, max_length: int) -> None:
-    if kept == 0:
-        raise OptionsError(f"--max_length {max_length}: every prompt is longer")
-    if kept < rows:
-        _say(run, f"{rows - kept} of {rows} rows left out: their prompt takes {max_length} tokens")
 
 
 def _say(run: RunOptions, words: str) -> None:

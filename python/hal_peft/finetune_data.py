@@ -132,6 +132,8 @@ def _from_file(name: str) -> _Side:
 
 def _side(records: Records, name: str, label_names: list[str] | None = None) -> _Side:
     rows = list(records)
+    if not rows:
+        raise ValueError(f"{name}: holds no row")
     try:
         form = prompts.form_of(rows[0][0].keys())
     except ValueError as error:
@@ -195,8 +197,15 @@ def _cut(side: _Side, limit: int | None, seed: int) -> _Side:
 def encode_labelled(
     tokenizer: Any, data: Dataset, max_length: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Token ids and labels of both sides."""
-    return encode(tokenizer, data.train, max_length), encode(tokenizer, data.dev, max_length)
+    """Token ids and labels of both sides.
+
+    Raises:
+        OptionsError: a text has no token, and the tokenizer adds none.
+    """
+    try:
+        return encode(tokenizer, data.train, max_length), encode(tokenizer, data.dev, max_length)
+    except ValueError as error:
+        raise OptionsError(str(error)) from error
 
 
 def encode_prompted(
@@ -205,18 +214,24 @@ def encode_prompted(
     """Prompt and answer as one sequence that ends with eos; only the answer has labels.
 
     Answers are cut at `max_length` tokens. Rows whose prompt leaves no room are left out.
+
+    Raises:
+        OptionsError: no row is left, or one has no token to begin with.
     """
-    heads = tokenizer([example.prompt for example in examples])["input_ids"]
+    try:
+        heads = prompts.encode(tokenizer, examples)
+    except ValueError as error:
+        raise OptionsError(str(error)) from error
     answers = tokenizer([e.answer for e in examples], add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = []
     for head, answer in zip(heads, answers, strict=True):
-        if end and head[-1:] == end:  # a tokenizer that ends every text by itself
-            head = head[:-1]
-        if len(head) >= max_length:
-            continue
         tail = [*answer, *end]
+        if len(head) >= max_length or not tail:
+            continue
         ids = [*head, *tail][:max_length]
         labels = [*itertools.repeat(IGNORED, len(head)), *tail][:max_length]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    if not rows:
+        raise OptionsError(f"--max_length is {max_length}: every prompt is as long, or longer")
     return rows

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,35 +28,135 @@ def load_base(options: DataOptions, label_names: list[str] | None, *, full: bool
     """The pretrained model: a classifier of these labels, or a causal language model for None.
 
     Raises:
-        OptionsError: it can't be loaded.
+        OptionsError: it can't be loaded, or is of the wrong kind.
     """
     assert options.model is not None  # settled with the options
     if options.dtype != "auto":
         dtype: Any = getattr(torch, options.dtype)
     else:  # weights that are all trained need the precision
         dtype = torch.float32 if full else "auto"
+    labels: dict[str, Any] = {}
+    if label_names is not None:
+        labels = {
+            "num_labels": len(label_names),
+            "id2label": dict(enumerate(label_names)),
+            "label2id": {name: i for i, name in enumerate(label_names)},
+        }
+    kind: Any = AutoModelForCausalLM if label_names is None else AutoModelForSequenceClassification
     torch.manual_seed(seed)  # of a new classifier
     try:
-        if label_names is None:
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-        else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                options.model,
-                dtype=dtype,
-                num_labels=len(label_names),
-                id2label=dict(enumerate(label_names)),
-                label2id={name: i for i, name in enumerate(label_names)},
-            )
-    except (OSError, ValueError) as error:
-        raise OptionsError(f"--model {options.model}: {error}") from error
-    if model.config.pad_token_id is None:
-        end = model.config.eos_token_id
-        model.config.pad_token_id = end[0] if isinstance(end, list) else end
+        model = kind.from_pretrained(options.model, dtype=dtype, **labels)
+    except Exception as error:  # any kind: of the network, the hub, its files, safetensors
+        raise OptionsError(f"--model {options.model}: {_reason(error, label_names)}") from error
+    if label_names is None and not _is_causal(model):
+        raise OptionsError(
+            f"--model {options.model}: a {model.config.model_type} that reads texts in both "
+            "directions can't learn to write; take a causal language model (GPT-2, Llama, …)"
+        )
     return model
 
 
-def adapt(model: Any, options: MethodOptions, total_steps: int, seed: int) -> Any:
-    """The model, adapted and with everything else frozen. `total_steps`: of the whole run.
+def _reason(error: Exception, label_names: list[str] | None) -> str:
+    """Why a model can't be loaded, in a sentence where transformers says a page or too little."""
+    words = str(error)
+    if words.startswith("Unrecognized configuration class"):
+        use = "causal language model" if label_names is None else "text classifier"
+        return f"transformers has no {use} of this architecture"
+    if label_names is not None and "ignore_mismatched_sizes" in words:
+        return (
+            f"its shapes don't fit, as when it has a classifier of other labels than the data's "
+            f"{len(label_names)} ({', '.join(map(repr, label_names[:9]))}); take the model that "
+            "this one was fine-tuned from, or data with its labels"
+        )
+    return words
+
+
+@torch.no_grad()
+def _is_causal(model: Any) -> bool:
+    """Whether what comes later changes nothing at the first token."""
+    if getattr(model, "is_quantized", False):  # its rounding may depend on all tokens
+        return True
+    training = model.training
+    model.eval()
+    texts = [torch.tensor([[5, *[token] * 7]], device=model.device) for token in (6, 7)]
+    one, other = (model(input_ids=text % model.config.vocab_size).logits[0] for text in texts)
+    model.train(training)
+    return bool((one[0] - other[0]).abs().max() <= 1e-3 * (one[-1] - other[-1]).abs().max())
+
+
+def expect_fit(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    options: DataOptions,
+) -> None:
+    """Raise OptionsError unless the model has an embedding of all in rows to train on."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    known = set(tokenizer.all_special_ids)
+    if longest > options.max_length or all(known.issuperset(row["input_ids"]) for row in rows):
+        raise OptionsError(
+            f"--max_length is {options.max_length}, and the tokenizer of --model {options.model} "
+            "makes nothing but special tokens of the texts: expected a larger length, or a "
+            "tokenizer that knows their words (are its files missing beside the model's?)"
+        )
+    top = max(tokenizer.pad_token_id, *(max(row["input_ids"]) for row in rows))
+    size = model.get_input_embeddings().weight.shape[0]
+    if top >= size:
+        raise OptionsError(
+            f"--model {options.model}: its tokenizer gives token {top}, expected less than {size}, "
+            "of which it has embeddings: model and tokenizer don't belong together"
+        )
+    end = model.config.eos_token_id
+    if getattr(model.config, "is_encoder_decoder", False):
+        ends = {row["input_ids"].count(end) for row in rows}
+        if len(ends) > 1 or 0 in ends:
+            raise OptionsError(
+                f"--model {options.model}: a {model.config.model_type} tells a text's class at its "
+                f"end-of-text token ({end}), expected as many in every row; its tokenizer gives "
+                f"{' or '.join(map(str, sorted(ends)))}: let it end every text with that token, "
+                "and take it out of the texts"
+            )
+    positions = _positions(model)
+    if positions is not None and longest > positions:
+        raise OptionsError(
+            f"--max_length is {options.max_length} and the longest row takes {longest} tokens, "
+            f"expected at most {positions}, the positions of --model {options.model}"
+        )
+
+
+def expect_room(model: Any, prompt: int, options: DataOptions) -> None:
+    """Raise OptionsError unless an answer can follow a prompt of so many tokens."""
+    positions = _positions(model)
+    if positions is not None and prompt + options.max_new_tokens > positions:
+        raise OptionsError(
+            f"--max_new_tokens is {options.max_new_tokens} and the longest prompt takes {prompt} "
+            f"tokens, expected at most {positions} together, the positions of --model "
+            f"{options.model} (see --max_length, too; --generate false writes no answers)"
+        )
+
+
+def _positions(model: Any) -> int | None:
+    """How many positions a model has a table of; None: it has none, as with rotary embeddings."""
+    sizes = [
+        module.num_embeddings
+        # RoBERTa counts from its padding index, BART from an offset.
+        - (0 if module.padding_idx is None else module.padding_idx + 1)
+        - getattr(module, "offset", 0)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+        and re.search(r"(^|\.)(wpe|embed_positions|positions?_embed\w*)$", name)
+    ]
+    return min(sizes, default=None)
+
+
+def adapt(
+    model: Any, options: MethodOptions, *, classifies: bool, total_steps: int, seed: int
+) -> Any:
+    """The model, adapted and with everything else frozen.
+
+    Args:
+        classifies: it is a classifier, with a head to be trained in full.
+        total_steps: of the whole run.
 
     Raises:
         OptionsError: options that don't go together, or don't fit the model.
@@ -63,9 +166,20 @@ def adapt(model: Any, options: MethodOptions, total_steps: int, seed: int) -> An
             return model
         if options.method in ON_KERNELS:
             return hal_kernels.patch_model(model, config=hal_config(options, total_steps, seed))
-        return _with_peft(model, options, total_steps, seed)
+        return _with_peft(model, options, classifies, total_steps, seed)
     except (TypeError, ValueError) as error:
         raise OptionsError(f"--method {options.method}: {error}") from error
+
+
+def expect_resumable(model: Any, method: str, checkpoint: Path) -> None:
+    """Raise OptionsError unless a checkpoint is there, and whole, and fits the adapted model."""
+    try:
+        if not checkpoint.is_dir():
+            raise FileNotFoundError("there is no such folder")
+        if method in ON_KERNELS:
+            hal_kernels.load_adapter(model, checkpoint)
+    except (OSError, TypeError, ValueError) as error:
+        raise OptionsError(f"the run can't go on from {checkpoint}: {error}") from error
 
 
 def hal_config(options: MethodOptions, total_steps: int, seed: int) -> hal_kernels.HALConfig:
@@ -78,35 +192,34 @@ def hal_config(options: MethodOptions, total_steps: int, seed: int) -> hal_kerne
         "dropout": options.dropout,
         "gamma": options.gamma,
         "interval": options.interval,
+        "total_step": total_steps,
         "seed": seed,
     }
     if options.method == "hyperadalora":
         values |= {"hypernet": options.hypernet, "update": options.update}
-    else:
-        tinit, tfinal = _cubic(options, total_steps)
+    elif options.method in ("adalora", "adalora-peft"):
         values |= {
-            "hypernet": "direct", "penalty": "frobenius", "allocation": "ema",
-            "schedule": "cubic", "tinit": tinit, "tfinal": tfinal, "total_step": total_steps,
+            "hypernet": "direct", "penalty": "frobenius", "allocation": "ema", "schedule": "cubic",
+            "tinit": total_steps // 10 if options.tinit is None else options.tinit,
+            "tfinal": total_steps // 3 if options.tfinal is None else options.tfinal,
         }  # fmt: skip
+        if options.interval is None:
+            values["interval"] = max(1, min(100, total_steps // 20))
     return hal_kernels.HALConfig(**values)
 
 
-def _cubic(options: MethodOptions, total_steps: int) -> tuple[int, int]:
-    tinit = total_steps // 10 if options.tinit is None else options.tinit
-    tfinal = total_steps // 3 if options.tfinal is None else options.tfinal
-    return tinit, tfinal
-
-
-def _with_peft(model: Any, options: MethodOptions, total_steps: int, seed: int) -> Any:
+def _with_peft(
+    model: Any, options: MethodOptions, classifies: bool, total_steps: int, seed: int
+) -> Any:
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
-    plain = hal_kernels.HALConfig(targets=options.target_modules or "all-linear")
-    heads = saved_module_names(model, plain)
+    checked = hal_config(options, total_steps, seed)  # PEFT lets much pass
+    layers = target_layers(model, checked)
     common: dict[str, Any] = {
         # The same layers as with the other methods.
-        "target_modules": list(target_layers(model, plain)),
-        "modules_to_save": heads or None,
-        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "target_modules": list(layers),
+        "modules_to_save": saved_module_names(model, checked) or None,
+        "task_type": "SEQ_CLS" if classifies else "CAUSAL_LM",
         "lora_dropout": options.dropout,
     }
     config: Any
@@ -114,16 +227,20 @@ def _with_peft(model: Any, options: MethodOptions, total_steps: int, seed: int) 
         config = LoraConfig(r=options.rank, lora_alpha=options.alpha, **common)  # type: ignore[arg-type]
     else:
         init_rank = options.init_rank or math.ceil(1.5 * options.rank)
-        tinit, tfinal = _cubic(options, total_steps)
+        if init_rank == options.rank:
+            raise ValueError(
+                f"init_rank is {init_rank}, expected more than rank: PEFT's AdaLoRA fails at its "
+                "first allocation if there is nothing to prune (adalora does not)"
+            )
         config = AdaLoraConfig(
             init_r=init_rank,
             target_r=options.rank,
             # PEFT divides by the initial rank, hal_kernels by the target: this gives equal scaling.
             lora_alpha=options.alpha * init_rank / options.rank,  # type: ignore[arg-type]
             orth_reg_weight=options.gamma,
-            deltaT=options.interval,
-            tinit=tinit,
-            tfinal=tfinal,
+            deltaT=checked.interval,  # type: ignore[arg-type]
+            tinit=checked.tinit,
+            tfinal=checked.tfinal,
             total_step=total_steps,
             **common,
         )
@@ -137,6 +254,9 @@ class AllocateRanks(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and parameter.grad is None:  # of a layer that no batch has called
+                parameter.grad = torch.zeros_like(parameter)
         model.base_model.update_and_allocate(state.global_step + 1)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +73,10 @@ class MethodOptions:
     update: Literal["anchor", "replace", "residual"] = field(
         default="anchor", metadata={"help": "hyperadalora: how their output becomes the factors"}
     )
-    interval: int = field(default=100, metadata={"help": "steps between two allocations"})
+    interval: int | None = field(
+        default=None,
+        metadata={"help": "steps between two allocations (default: 100, fewer in a short run)"},
+    )
     tinit: int | None = field(
         default=None, metadata={"help": "adalora: steps before the first (default: a tenth)"}
     )
@@ -144,7 +148,7 @@ def parse(argv: list[str]) -> Options:
         data, method, run = made(DataOptions), made(MethodOptions), made(RunOptions)
     except (ValueError, ImportError) as error:  # TrainingArguments': what doesn't go together
         raise OptionsError(str(error)) from error
-    _check(data, method)
+    _check(data, method, run)
     return data, method, run
 
 
@@ -184,18 +188,24 @@ def arguments_of(path: Path) -> list[str]:
     return arguments
 
 
-def _check(data: DataOptions, method: MethodOptions) -> None:
+def _check(data: DataOptions, method: MethodOptions, run: RunOptions) -> None:
     if data.model is None:
         raise OptionsError("--model is missing: a name on the hub, or a path")
     if (data.dataset is None) == (data.train_file is None):
         raise OptionsError("give one of --dataset and --train_file")
     if data.eval_dataset is not None and data.eval_file is not None:
         raise OptionsError("give one of --eval_dataset and --eval_file")
-    for name in ("held_out", "max_train_samples", "max_eval_samples", "max_length"):
-        value = getattr(data, name)
-        if value is not None and value < 1:
-            raise OptionsError(f"--{name} is {value}, expected at least 1")
-    if method.head_learning_rate is not None and method.head_learning_rate <= 0:
-        raise OptionsError(
-            f"--head_learning_rate is {method.head_learning_rate}, expected more than 0"
-        )
+    counts = vars(data) | vars(run)
+    for name in (
+        "held_out", "max_train_samples", "max_eval_samples", "max_length", "max_new_tokens",
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    ):  # fmt: skip
+        if counts[name] is not None and counts[name] < 1:
+            raise OptionsError(f"--{name} is {counts[name]}, expected at least 1")
+    rates = {
+        "learning_rate": run.learning_rate, "head_learning_rate": method.head_learning_rate,
+        "num_train_epochs": run.num_train_epochs if run.max_steps <= 0 else None,
+    }  # fmt: skip
+    for name, value in rates.items():
+        if value is not None and not 0 < value < math.inf:
+            raise OptionsError(f"--{name} is {value}, expected more than 0")

@@ -10,7 +10,7 @@ import ast
 import contextlib
 import reprlib
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,3 +127,21 @@ def prompted(form: str, row: Mapping[str, Any], where: str) -> Prompted:
         raise ValueError(f"{where}: column {error} is missing, expected for {form!r}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def encode(tokenizer: Any, examples: Sequence[Prompted], **options: Any) -> list[list[int]]:
+    """Token ids of the prompts, without an eos that the tokenizer ends every text with.
+
+    Args:
+        options: of the tokenizer's call.
+
+    Raises:
+        ValueError: a prompt has no token.
+    """
+    found = tokenizer([example.prompt for example in examples], **options)["input_ids"]
+    found = [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in found]
+    for example, ids in zip(examples, found, strict=True):
+        if not ids:
+            answer = reprlib.repr(example.answer)
+            raise ValueError(f"the prompt {example.prompt!r} of the answer {answer} has no token")
+    return found

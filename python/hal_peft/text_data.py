@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import reprlib
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,10 @@ class Dataset:
     dev: list[Example]
     label_names: list[str]
     description: str
+
+
+LINE = 64 << 20
+"""Characters that a line may have: a file of one endless line would fill the memory."""
 
 
 def read_jsonl_pair(train_file: Path, dev_file: Path) -> Dataset:
@@ -65,6 +71,9 @@ def labelled_pair(
     Args:
         train_name: what errors call the training side.
         label_names: of labels 0, 1, …; None takes the labels of the training side, sorted.
+
+    Raises:
+        ValueError: a row that does not fit, or does not go with the others; fewer than two labels.
     """
     train_rows = [_row(*record) for record in train]
     dev_rows = [_row(*record) for record in dev]
@@ -74,10 +83,20 @@ def labelled_pair(
     if len(labels) < 2:
         found = ", ".join(repr(label) for label in labels) or "none"
         raise ValueError(f"{train_name}: need at least two different labels, found {found}")
+    names = list(label_names or map(str, labels))
+    if len(set(names)) < len(names):
+        raise ValueError(f"{train_name}: some labels differ in their type alone: {labels}")
     number = {label: index for index, label in enumerate(labels)}
-    for _, _, label, where in [*train_rows, *dev_rows]:
+    kinds = "a single text", "a pair of texts"
+    paired = train_rows[0][1] is not None
+    for _, pair, label, where in [*train_rows, *dev_rows]:
         if label not in number:
             raise ValueError(f"{where}: label {label!r} does not occur in {train_name}")
+        if (pair is not None) != paired:
+            raise ValueError(
+                f"{where}: holds {kinds[not paired]}, but the first row of {train_name} "
+                f"{kinds[paired]}"
+            )
 
     def examples(rows: Sequence[_Row]) -> list[Example]:
         return [Example(text, number[label], pair, where) for text, pair, label, where in rows]
@@ -85,7 +104,7 @@ def labelled_pair(
     return Dataset(
         train=examples(train_rows),
         dev=examples(dev_rows),
-        label_names=list(label_names or map(str, labels)),
+        label_names=names,
         description=description,
     )
 
@@ -113,30 +132,46 @@ def read_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     found = False
     with _open_text(path) as stream:
         try:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(iter(lambda: stream.readline(LINE), ""), start=1):
+                where = f"{path}:{number}"
+                if len(line) == LINE:
+                    raise ValueError(f"{where}: longer than {LINE} characters, expected JSON lines")
                 if line.strip():
                     found = True
-                    where = f"{path}:{number}"
                     yield _parse_record(line, where), where
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a UTF-8 JSONL file ({error})") from error
     if not found:
         raise ValueError(f"{path}: holds no line")
 
 
 def _open_text(path: Path) -> IO[str]:
+    encoding = "utf-8-sig"  # a byte order mark at the start is none of the text
     if path.suffix == ".gz":
-        return cast(IO[str], gzip.open(path, "rt", encoding="utf-8"))
-    return path.open(encoding="utf-8")
+        return cast(IO[str], gzip.open(path, "rt", encoding=encoding))
+    return path.open(encoding=encoding)
 
 
 def _parse_record(line: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = json.loads(line, object_pairs_hook=_object)
+        if r"\ud" in line or r"\uD" in line:
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half a character ({error})") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands there twice")
     return record
 
 
@@ -144,7 +179,7 @@ def _row(record: dict[str, Any], where: str) -> _Row:
     text, pair = _texts(record, where)
     label = record.get("label")
     if isinstance(label, bool) or not isinstance(label, int | str):
-        raise ValueError(f'{where}: "label" must be an int or a str, found {label!r}')
+        raise ValueError(f'{where}: "label" must be an int or a str, found {reprlib.repr(label)}')
     return text, pair, label, where
 
 
@@ -163,7 +198,7 @@ def _texts(record: dict[str, Any], where: str) -> tuple[str, str | None]:
 def _string(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        raise ValueError(f'{where}: "{key}" must be a str, found {value!r}')
+        raise ValueError(f'{where}: "{key}" must be a str, found {reprlib.repr(value)}')
     return value
 
 

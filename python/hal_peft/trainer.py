@@ -6,18 +6,21 @@ model, resume it. This one writes the adapter alone.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import Trainer
 
 import hal_kernels
 from hal_kernels.nn import HyperAdapter
-from hal_kernels.patching import ATTRIBUTE
+from hal_kernels.patching import ATTRIBUTE, saved_modules
+from hal_kernels.targets import saved_module_names
 
 
 class AdapterTrainer(Trainer):
@@ -29,6 +32,8 @@ class AdapterTrainer(Trainer):
     - Beside ``loss``, what is minimised, it logs ``task_loss`` and ``penalty`` (γ included).
     - With ``label_smoothing_factor`` or ``compute_loss_func``, where the loss is computed outside
       the model, it adds the penalty.
+    - It knows how many steps the run takes, and tells an adapter whose `HALConfig.interval` is
+      None: ranks then meet their budget in the run.
 
     A model that is not patched is trained and saved as by Trainer, also one that PEFT holds an
     adapter of.
@@ -142,7 +147,7 @@ class AdapterTrainer(Trainer):
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if made and self.head_learning_rate is not None:
-            head = {id(p) for module in _heads(self._module) for p in module.parameters()}
+            head = {id(p) for module in self._heads() for p in module.parameters()}
             for group in list(optimizer.param_groups):
                 inside = [p for p in group["params"] if id(p) in head]
                 if inside:
@@ -152,6 +157,21 @@ class AdapterTrainer(Trainer):
                         options | {"params": inside, "lr": self.head_learning_rate}
                     )
         return optimizer
+
+    def _heads(self) -> list[nn.Module]:
+        """The modules that are trained in full: as PEFT has them, as patch_model, or found."""
+        model = self._module
+        wrapped = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        if wrapped or not self._patched:
+            names = [] if wrapped else saved_module_names(model, hal_kernels.HALConfig())
+            return [*wrapped, *map(model.get_submodule, names)]
+        return [module for _, module in saved_modules(model)]
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; its caller is the first to know how many steps there will be."""
+        if self._patched and self.adapter is not None:
+            _tell_length(self.adapter, num_training_steps)
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -182,9 +202,9 @@ class AdapterTrainer(Trainer):
             hal_kernels.load_adapter(self._module, self.state.best_model_checkpoint)
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
-    """The modules that are trained in full: of patch_model, of PEFT, or by a classifier's name."""
-    from hal_kernels.targets import saved_module_names
-
-    names = saved_module_names(model, hal_kernels.HALConfig())
-    return [model.get_submodule(name) for name in names]
+def _tell_length(adapter: HyperAdapter, steps: int) -> None:
+    """Let a schedule that is not settled yet meet its budget within so many steps."""
+    config = adapter.config
+    if adapter.steps == 0 and config.interval is None and config.total_step is None:
+        adapter.config = dataclasses.replace(config, total_step=steps)
+        adapter.set_layout(adapter.layout)  # fewer steps may choose initial directions now

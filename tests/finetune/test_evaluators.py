@@ -10,7 +10,7 @@ from hal_peft import evaluators, finetune_data, prompts
 from hal_peft.code_execution import passes
 from hal_peft.finetune_options import DataOptions, OptionsError
 
-from .tiny import build_tokenizer, write_jsonl
+from .tiny import build_tokenizer, save_model, write_jsonl
 
 # -- prompts and data ------------------------------------------------------------------------------
 
@@ -65,6 +65,17 @@ def test_only_the_answer_has_labels():
     assert words == ["write", "the", "number", "two", "three", "</s>"]
     assert [label != -100 for label in rows[0]["labels"]] == [False] * 3 + [True] * 3
     assert [label != -100 for label in rows[1]["labels"]] == [False] + [True] * 6
+
+
+def test_prompts_end_where_the_answer_begins(tmp_path):
+    """Without the eos that BART's tokenizer, say, ends every text with."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_model("bart", tmp_path))
+    (ids,) = prompts.encode(tokenizer, [prompts.Prompted("write the number", "")])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["write", "the", "number"]
+    with pytest.raises(ValueError, match="the prompt '' of the answer 'two' has no token"):
+        prompts.encode(tokenizer, [prompts.Prompted("", "two")])
 
 
 @pytest.fixture

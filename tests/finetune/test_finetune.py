@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import hal_kernels
 
-from .tiny import write_jsonl
+from .tiny import save_model, write_jsonl
 
 METHODS = ("hyperadalora", "adalora", "adalora-peft", "lora", "full")
 # 40 rows in batches of 4: ten steps an epoch; 14 layers of rank 3, 2 on average in the end.
@@ -126,6 +126,53 @@ def test_tensorboard_has_both_parts_of_the_loss(finetune, bert_folder, reviews, 
     assert len(losses) == 6
 
 
+HEADS = {
+    "distilbert": {"pre_classifier", "classifier"}, "roberta": {"classifier"},
+    "deberta-v2": {"pooler", "classifier"}, "xlnet": {"sequence_summary", "logits_proj"},
+    "bart": {"classification_head"}, "t5": {"classification_head"}, "gpt2": {"score"},
+    "llama": {"score"},
+}  # fmt: skip
+BRIEF = (
+    "--report-to", "none", "--max-steps", 3, "--warmup-steps", 0, "--save-strategy", "no",
+    "--eval-strategy", "no", "--held-out", 4, "--rank", 2, "--per-device-train-batch-size", 4,
+    "--max-new-tokens", 3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method, family",
+    [
+        *(("adalora-peft", family) for family in HEADS),
+        *(("hyperadalora", family) for family in ("deberta-v2", "xlnet", "bart")),
+        ("lora", "bart"), ("full", "xlnet"),
+    ],
+)  # fmt: skip
+def test_classifiers_of_every_family(method, family, finetune, tmp_path):
+    """Pairs of texts and single ones; the head, whatever its name, is trained and saved in full."""
+    model = save_model(family, tmp_path / "model")
+    text = "text" if method == "hyperadalora" else "sentence1"
+    rows = [
+        {text: f"the film was {word}", "sentence2": "it is good", "label": word}
+        for word in ("good", "bad", "dull") * 4
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "out"
+    arguments = ("--model", model, "--train-file", data, "--output-dir", out, *BRIEF)
+    assert finetune(*arguments, "--method", method) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert 0 <= results["metrics"]["accuracy"] <= 1
+    assert sum(results["ranks"].values()) == 2 * len(results["ranks"])
+    if method == "full":
+        return
+    heads = {
+        name.removeprefix("base_model.model.").removeprefix("saved.").partition(".")[0]
+        for path in (out / "adapter").glob("*.safetensors")
+        for name in load_file(path)
+        if "lora_" not in name and ("saved." in name or "base_model." in name)
+    }
+    assert heads == HEADS[family]
+
+
 def test_instructions(finetune, llama_folder, instructions, tmp_path, capsys):
     status = finetune(
         "--model", llama_folder, "--train-file", instructions, "--held-out", 4, *RECIPE,
@@ -191,6 +238,112 @@ def test_errors_are_one_line(arguments, message, finetune, capsys, monkeypatch):
 def test_options_that_do_not_fit_the_model(more, message, finetune, bert_folder, reviews, capsys):
     assert finetune(*classification(bert_folder, reviews, *more)) == 2
     assert message in capsys.readouterr().err
+
+
+LABELLED = {"sentence": "the film was good", "label": 1}, {"sentence": "bad", "label": 0}
+ASKED = ({"prompt": "write the number two", "completion": "two"},)
+LONG = {"sentence": "very " * 70, "label": 1}
+
+
+@pytest.mark.parametrize(
+    "family, options, rows, more, message",
+    [
+        ("roberta", {}, [*LABELLED, LONG], [], "longest row takes 70 tokens, expected at most 63"),
+        ("gpt2", {}, [*LABELLED, LONG], [], "longest row takes 70 tokens, expected at most 64"),
+        ("bart", {}, [*LABELLED, LONG], [], "longest row takes 71 tokens, expected at most 64"),
+        ("gpt2", {}, ASKED, ["--max-new-tokens", 61], "expected at most 64 together"),
+        ("llama", {"vocab_size": 9}, LABELLED, [], "gives token 13, expected less than 9"),
+        ("llama", {"vocab_size": 9}, ASKED, [], "gives token 38, expected less than 9"),
+        ("roberta", {}, ASKED, [], "a roberta that reads texts in both directions can't learn"),
+        ("xlnet", {}, ASKED, [], "a xlnet that reads texts in both directions can't learn"),
+        ("t5", {}, ASKED, [], "transformers has no causal language model of this architecture"),
+        ("gpt2", {}, [*LABELLED, {"sentence": "", "label": 0}], [], "the text '' has no token"),
+        ("gpt2", {}, [*ASKED, {"prompt": "", "completion": "a"}], [], "the prompt '' of the"),
+        ("bart", {}, [*LABELLED, {"sentence": "</s>", "label": 0}], [], "tokenizer gives 1 or 2"),
+        ("llama", {}, ASKED, ["--max-length", 4], "--max_length is 4: every prompt is as long"),
+        ("roberta", {}, [{"sentence": "ä", "label": i} for i in (0, 1)], [], "but special tokens"),
+        ("gpt2", {}, LABELLED, ["--output-dir", "model/config.json"], "--output_dir model/config"),
+        ("gpt2", {}, LABELLED, ["--output-dir", "model/config.json/x"], "Not a directory"),
+        ("gpt2", {}, LABELLED, ["--resume-from-checkpoint", "no"], "go on from no: there is no"),
+        ("gpt2", {}, LABELLED, ["--method", "lora", "--alpha", 0], "alpha is 0.0, expected more"),
+        (
+            "gpt2", {}, LABELLED, ["--method", "adalora-peft", "--init-rank", 2],
+            "init_rank is 2, expected more than rank",
+        ),
+    ],
+)  # fmt: skip
+def test_models_and_data_that_do_not_go_together(
+    family, options, rows, more, message, finetune, tmp_path, capsys
+):
+    save_model(family, tmp_path / "model", **options)
+    data = write_jsonl(tmp_path / "rows.jsonl", [*rows] * 8)
+    arguments = ("--model", "model", "--train-file", data, *BRIEF, "--output-dir", "out")
+    assert finetune(*arguments, *more) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "hal-finetune" in line]
+    assert len(said) == 1 and said[0].startswith("hal-finetune: error: ") and message in said[0]
+
+
+def _break_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def _break_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"nothing")
+
+
+def _break_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def _drop_pad_token(folder):
+    path = folder / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if not k.endswith("_token")}
+    path.write_text(json.dumps(kept))
+
+
+def _train_another_classifier(folder):
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    Auto.from_pretrained(folder, num_labels=5).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (_break_config, "is not a valid JSON file"),
+        (_break_weights, "header too small"),
+        (_break_tokenizer, "its tokenizer can't be loaded"),
+        (_drop_pad_token, "neither a padding nor an end-of-text token: set its pad_token"),
+        (_train_another_classifier, "a classifier of other labels than the data's 2 ('0', '1')"),
+    ],
+)
+def test_models_that_cannot_be_used(spoil, message, finetune, tmp_path, capsys):
+    spoil(save_model("gpt2", tmp_path / "model"))
+    data = write_jsonl(tmp_path / "rows.jsonl", LABELLED * 4)
+    assert finetune("--model", "model", "--train-file", data, *BRIEF) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "hal-finetune" in line]
+    assert len(said) == 1 and message in said[0]
+
+
+def test_padding_is_the_tokenizers(finetune, tmp_path):
+    """GPT-2's classifier judges by the last token that is no padding, also before any training."""
+    save_model("gpt2", tmp_path / "model", pad_token_id=None)
+    data = write_jsonl(tmp_path / "rows.jsonl", LABELLED * 4)
+    found = []
+    for size in (1, 4):
+        arguments = ("--model", "model", "--train-file", data, *BRIEF, "--do-train", "false")
+        assert finetune(*arguments, "--per-device-eval-batch-size", size) == 0
+        results = json.loads((tmp_path / "finetune_out" / "results.json").read_text())
+        found.append(results["metrics"]["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["hyperadalora", "adalora", "adalora-peft"])
+def test_short_runs_meet_the_rank_budget(method, finetune, bert_folder, reviews, tmp_path):
+    arguments = classification(bert_folder, reviews, "--method", method)[: -len(RECIPE) - 2]
+    assert finetune(*arguments, *BRIEF, "--output-dir", tmp_path, "--method", method) == 0
+    ranks = json.loads((tmp_path / "results.json").read_text())["ranks"]
+    assert sum(ranks.values()) == 2 * LAYERS
 
 
 def test_accumulated_micro_batches_are_averaged(finetune, bert_folder, reviews, tmp_path):

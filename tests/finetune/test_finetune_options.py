@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from hal_peft import finetune_model
 from hal_peft.finetune_options import METHODS, OptionsError, parse
 
 NEEDED = ["--model", "m", "--dataset", "gsm8k"]
@@ -11,7 +12,8 @@ NEEDED = ["--model", "m", "--dataset", "gsm8k"]
 
 def test_the_papers_recipe_is_the_default():
     _, method, run = parse(NEEDED)
-    assert (method.method, method.rank, method.gamma, method.interval) == (METHODS[0], 3, 0.1, 100)
+    assert (method.method, method.rank, method.gamma) == (METHODS[0], 3, 0.1)
+    assert finetune_model.hal_config(method, 10_000, seed=0).interval is None  # 100 in a long run
     assert (run.learning_rate, run.per_device_train_batch_size) == (1e-5, 64)
     assert (run.lr_scheduler_type, run.warmup_steps, run.weight_decay) == ("cosine", 500, 0.0)
     assert run.optim.startswith("adamw_torch")
@@ -61,6 +63,22 @@ def test_the_command_line_is_checked(arguments, capsys):
         parse([*NEEDED, *arguments])
     assert exit_info.value.code == 2
     assert "hal-finetune: error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--max-new-tokens", "0"], "--max_new_tokens is 0, expected at least 1"),
+        (["--per-device-train-batch-size", "0"], "--per_device_train_batch_size is 0"),
+        (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps"),
+        (["--learning-rate", "nan"], "--learning_rate is nan, expected more than 0"),
+        (["--head-learning-rate", "-1"], "--head_learning_rate is -1.0"),
+        (["--num-train-epochs", "0"], "--num_train_epochs is 0.0"),
+    ],
+)
+def test_numbers_that_cannot_be(arguments, message):
+    with pytest.raises(OptionsError, match=message):
+        parse([*NEEDED, *arguments])
 
 
 def test_wrong_values_of_a_config_file_are_the_command_lines(tmp_path, capsys):

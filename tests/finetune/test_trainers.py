@@ -14,6 +14,8 @@ from hal_peft.trainer import AdapterTrainer  # noqa: E402
 
 TRAINERS = (Trainer, AdapterTrainer)
 ROWS, STEPS = 24, 6
+# What Trainer's own checkpoints are told (tests/test_pretrained.py).
+SAVES = pytest.mark.filterwarnings("ignore:hal_kernels. from_pretrained")
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,7 @@ def make(kind, model, folder, **options):
     return kind(model, TrainingArguments(folder, **settings), train_dataset=data, eval_dataset=data)
 
 
+@SAVES
 @pytest.mark.parametrize("hypernet", ["direct", "bert"])
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_a_resumed_run_is_the_uninterrupted_one(kind, hypernet, tmp_path):
@@ -66,6 +69,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, hypernet, tmp_path):
         assert_equal(moments[1][key], entry)
 
 
+@SAVES
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_the_best_model_is_loaded_at_the_end(kind, tmp_path):
     made = make(
@@ -163,6 +167,30 @@ def test_a_head_has_a_learning_rate_of_its_own(tmp_path):
     assert {rates[id(p)] for p in model.parameters() if id(p) in head} == {0.5}
     assert {rate for key, rate in rates.items() if key not in head} == {1e-3}
     assert len(rates) == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_short_runs_meet_the_rank_budget(steps, tmp_path):
+    """The trainer tells the adapter how many steps there are; a resumed run keeps its schedule."""
+    model = patched(interval=None)
+    options = {"max_steps": steps, "save_strategy": "no"}
+    make(AdapterTrainer, model, tmp_path, gradient_accumulation_steps=1, **options).train()
+    assert model.hal.config.total_step == steps
+    assert model.hal.last_allocation <= max(1, 2 * steps / 3)
+    assert sum(hal_kernels.rank_pattern(model).values()) == 2 * len(model.hal.layout.layers)
+    hal_kernels.save_adapter(model, tmp_path)
+    other = hal_kernels.load_adapter(patched(interval=None), tmp_path)
+    make(AdapterTrainer, other, tmp_path, **options).create_optimizer_and_scheduler(50)
+    assert other.hal.config.total_step == steps
+
+
+@pytest.mark.parametrize("options", [{"interval": 5}, {"total_step": 9}], ids=str)
+def test_what_was_said_of_the_schedule_stays(options, tmp_path):
+    model = patched(**{"interval": None} | options)
+    made = make(AdapterTrainer, model, tmp_path)
+    last = model.hal.last_allocation
+    made.create_optimizer_and_scheduler(6)
+    assert model.hal.last_allocation == last
 
 
 def test_sft_trainer(llama_folder, tmp_path):
