@@ -145,7 +145,7 @@ def _kind(value: Any) -> str:
 
 
 def _one_a_layer(name: str, value: torch.Tensor | float, n: int, lam: torch.Tensor) -> torch.Tensor:
-    """``[n]`` float64 on lam's device: one number for all is filled in, not copied there."""
+    """``[n]`` on lam's device: one number for all is filled in, not copied there."""
     if not isinstance(value, torch.Tensor):
         if not math.isfinite(value) or (name == "scaling" and value == 0.0):
             raise ValueError(f"{name} is {value}, expected a finite number")
@@ -154,13 +154,23 @@ def _one_a_layer(name: str, value: torch.Tensor | float, n: int, lam: torch.Tens
     expect_same_device("lam", lam, **{name: value})
     if value.dim() > 0:
         expect_shape(name, value, (n,), "one a layer")
-    return value.double().expand(n)
+    return value.expand(n)
 
 
 def _default(*args: Any) -> torch.Tensor:
     *tensors, rows, offsets, counts_p, counts_q, sizes_p, sizes_q, max_rank = args
     counts, sizes = (counts_p, counts_q), (sizes_p, sizes_q)
     return step_(Slots(tuple(rows), tuple(offsets), counts, sizes, max_rank), *tensors)
+
+
+def _cuda(*args: Any) -> torch.Tensor:
+    from ...kernels.spectral_step import step_ as in_triton
+    from ...kernels.spectral_step import supported
+
+    p, lam, q, momentum_p, momentum_q, *_, max_rank = args
+    if supported([*p, lam, *q, *momentum_p, *momentum_q], max_rank):
+        return in_triton(*args)
+    return _default(*args)
 
 
 def _fake(p: list[torch.Tensor], lam: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -174,5 +184,6 @@ _spectral_step_ = define(
     " Tensor scaling, Tensor decay, float beta, Tensor[] rows, Tensor[] offsets, int[] counts_p,"
     " int[] counts_q, int[] sizes_p, int[] sizes_q, int max_rank) -> Tensor",
     default=_default,
+    cuda=_cuda,
     fake=_fake,
 )

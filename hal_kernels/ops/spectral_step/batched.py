@@ -81,7 +81,7 @@ def step_(
         stacks.append([stack for stack, _ in own])
         grams.append(torch.cat([stack @ stack.mT for stack in stacks[i]])[side.place])
         totals.append(torch.cat([total for _, total in own])[side.place])
-    total = totals[0] + totals[1]
+    total, eta, scaling, decay = totals[0] + totals[1], *(t.double() for t in (eta, scaling, decay))
     offsets, r = slots.offsets[1], slots.max_rank
     real = torch.arange(r, device=lam.device) < offsets.diff()[:, None]
     kept = real if mask is None else real & (pad(mask, offsets, r) > 0)

@@ -1,0 +1,218 @@
+# mypy: allow-untyped-defs
+"""The spectral step of all layers in three launches, for ranks up to 16.
+
+    gram_kernel    Gram matrices of [P; βm + L], one program a matrix
+    solve_kernel   the small problems, one program a layer (`spectral_solve`)
+    write_kernel   P⁺ and m⁺, a program for some columns of a matrix
+
+An entry is all matrices of one width: those of P, then those of Q. Entries' addresses and sizes are
+tuples of arguments, and nothing waits for the device. Sums are kept in float64 (see
+`ops.spectral_step.batched`): a few million products, which no GPU is short of.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .cases import Case
+from .configs import ARCHITECTURES
+from .launch import DTYPES, on_device_of
+from .slots import chosen, starts_of
+from .spectral_solve import solve_kernel
+
+HIGHEST_RANK = 16
+BK = 64  # columns that `write_kernel` takes at a time
+
+
+@triton.jit
+def entry_of(pid, starts, N: tl.constexpr):
+    """The entry whose programs include `pid`."""
+    entry = pid * 0
+    for i in tl.static_range(1, N):
+        entry += (pid >= starts[i]).to(tl.int32)
+    return entry
+
+
+@triton.jit
+def rows_of(matrix, entry, offsets, firsts, skips, N: tl.constexpr, NP: tl.constexpr):
+    """The first row of an entry's matrix among the entry's rows (int64), and its rank."""
+    p_offset = tl.where(entry < NP, offsets[0], offsets[2]) + chosen(firsts, entry, N) + matrix
+    first = tl.load(p_offset)
+    return first - chosen(skips, entry, N), (tl.load(p_offset + 1) - first).to(tl.int32)
+
+
+@triton.jit
+def load_rows(pointer, o_rows, o_k, m):
+    return tl.load(pointer + o_rows + o_k, mask=m, other=0.0).to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def gram_kernel(
+    factors, momenta, gradients, offsets, grams, totals, starts, firsts, skips, widths, beta,
+    N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """PPᵀ, mPᵀ and mmᵀ of one matrix, m = βm + L, and Σ|L|."""
+    pid = tl.program_id(0)
+    entry = entry_of(pid, starts, N)
+    width = chosen(widths, entry, N)
+    matrix = pid - chosen(starts, entry, N)
+    first, rank = rows_of(matrix, entry, offsets, firsts, skips, N, NP)
+    p_f, p_m = chosen(factors, entry, N), chosen(momenta, entry, N)
+    p_g = chosen(gradients, entry, N)
+    o_r = tl.arange(0, R)
+    o_rows = (first + o_r)[:, None] * width
+    ff, mf = tl.zeros([R, R], tl.float64), tl.zeros([R, R], tl.float64)
+    mm = tl.zeros([R, R], tl.float64)
+    total = tl.zeros([R, BK], tl.float64)
+    for k in range(0, width, BK):
+        o_k = k + tl.arange(0, BK)[None, :]
+        m = (o_r < rank)[:, None] & (o_k < width)
+        f, g = load_rows(p_f, o_rows, o_k, m), load_rows(p_g, o_rows, o_k, m)
+        v = load_rows(p_m, o_rows, o_k, m) * beta + g
+        ff += tl.sum(f[:, None, :] * f[None, :, :], 2)
+        mf += tl.sum(v[:, None, :] * f[None, :, :], 2)
+        mm += tl.sum(v[:, None, :] * v[None, :, :], 2)
+        total += tl.abs(g)
+    p_gram = grams + pid.to(tl.int64) * 3 * R * R + o_r[:, None] * R + o_r[None, :]
+    tl.store(p_gram, ff)
+    tl.store(p_gram + R * R, mf)
+    tl.store(p_gram + 2 * R * R, mm)
+    tl.store(totals + pid, tl.sum(total))
+
+
+@triton.jit
+def write_kernel(
+    factors, momenta, gradients, offsets, transforms, moves, starts, matrices, firsts, skips,
+    widths, beta, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """P⁺ = T_P·P + T_m·m and m⁺ = M·m in place, m = βm + L, for BK columns of one matrix."""
+    pid = tl.program_id(0)
+    entry = entry_of(pid, starts, N)
+    width = chosen(widths, entry, N)
+    tiles = tl.cdiv(width, BK)
+    own = pid - chosen(starts, entry, N)
+    matrix = own // tiles
+    first, rank = rows_of(matrix, entry, offsets, firsts, skips, N, NP)
+    index = chosen(matrices, entry, N) + matrix
+    if rank > 0:  # noqa: SIM102
+        if tl.load(moves + index) > 0:
+            p_f, p_m = chosen(factors, entry, N), chosen(momenta, entry, N)
+            p_g = chosen(gradients, entry, N)
+            o_k = own % tiles * BK + tl.arange(0, BK)
+            o_r = tl.arange(0, R)
+            p_t = transforms + index.to(tl.int64) * 3 * R * R + o_r * R
+            new_f, new_m = tl.zeros([R, BK], tl.float64), tl.zeros([R, BK], tl.float64)
+            for i in range(rank):
+                f = load_rows(p_f, (first + i) * width, o_k, o_k < width)[None, :]
+                v = load_rows(p_m, (first + i) * width, o_k, o_k < width)[None, :] * beta
+                v += load_rows(p_g, (first + i) * width, o_k, o_k < width)[None, :]
+                new_f += tl.load(p_t + i)[:, None] * f + tl.load(p_t + R * R + i)[:, None] * v
+                new_m += tl.load(p_t + 2 * R * R + i)[:, None] * v
+            m = (o_r < rank)[:, None] & (o_k < width)[None, :]
+            o = (first + o_r)[:, None] * width + o_k[None, :]
+            tl.debug_barrier()  # all rows are read before any is written
+            tl.store(p_f + o, new_f.to(tl.float32).to(p_f.dtype.element_ty), mask=m)
+            tl.store(p_m + o, new_m.to(tl.float32).to(p_m.dtype.element_ty), mask=m)
+
+
+def supported(changed: Sequence[torch.Tensor], max_rank: int) -> bool:
+    """float64, higher ranks and tensors with gaps are left to the default implementation."""
+    return max_rank <= HIGHEST_RANK and all(
+        t.dtype in DTYPES and t.is_contiguous() for t in changed
+    )
+
+
+def step_(
+    p: list[torch.Tensor],
+    lam: torch.Tensor,
+    q: list[torch.Tensor],
+    momentum_p: list[torch.Tensor],
+    momentum_q: list[torch.Tensor],
+    gradient_p: list[torch.Tensor],
+    gradient_q: list[torch.Tensor],
+    mask: torch.Tensor | None,
+    eta: torch.Tensor,
+    scaling: torch.Tensor,
+    decay: torch.Tensor,
+    beta: float,
+    rows: Sequence[torch.Tensor],
+    offsets: Sequence[torch.Tensor],
+    counts_p: list[int],
+    counts_q: list[int],
+    sizes_p: list[int],
+    sizes_q: list[int],
+    max_rank: int,
+) -> torch.Tensor:
+    """`hal::spectral_step_`, in three launches."""
+    n, rank = offsets[1].shape[0] - 1, 1 << (max_rank - 1).bit_length()
+    factors, momenta, gradients = (
+        tuple(t.contiguous() for t in (*of_p, *of_q))
+        for of_p, of_q in ((p, q), (momentum_p, momentum_q), (gradient_p, gradient_q))
+    )
+    grams = lam.new_empty(2, n, 3, rank, rank, dtype=torch.float64)
+    totals = grams.new_empty(2 * n)
+    transforms, moves = torch.empty_like(grams), lam.new_empty(2 * n, dtype=torch.int32)
+    candidates = lam.new_empty(n, 2 * max_rank)
+    widths, counts = tuple(f.shape[1] for f in factors), (*counts_p, *counts_q)
+    where = {
+        "firsts": (*starts_of(counts_p), *starts_of(counts_q)),
+        "skips": (*starts_of(sizes_p), *starts_of(sizes_q)),
+        "widths": widths,
+        "beta": beta,
+        "N": len(widths), "NP": len(p), "R": rank, **options_of(rank),
+    }  # fmt: skip
+    offsets, starts = tuple(o.contiguous() for o in offsets), starts_of(counts)
+    tiles = [count * triton.cdiv(width, BK) for count, width in zip(counts, widths, strict=True)]
+    with on_device_of(lam):
+        gram_kernel[(2 * n,)](
+            factors, momenta, gradients, offsets, grams, totals, starts,
+            BK=columns_of(rank), **where,
+        )  # fmt: skip
+        solve_kernel[(n,)](
+            grams, totals, lam, mask, eta.contiguous(), scaling.contiguous(), decay.contiguous(),
+            *(r.contiguous() for r in rows), offsets, transforms, moves, candidates, n, max_rank,
+            R=rank, BM=64, **options_of(rank),
+        )  # fmt: skip
+        write_kernel[(sum(tiles),)](
+            factors, momenta, gradients, offsets, transforms, moves, starts_of(tiles), starts,
+            BK=BK, **where,
+        )  # fmt: skip
+    return candidates
+
+
+def options_of(rank: int) -> dict[str, int]:
+    """Threads share out R × R numbers of 64 bits, and of `gram_kernel` BK times as many."""
+    return {"num_warps": 8 if rank >= 8 else 4}
+
+
+def columns_of(rank: int) -> int:
+    """Columns that `gram_kernel` takes at a time."""
+    return min(64, 4096 // rank**2)
+
+
+def cases() -> Iterator[Case]:
+    """Two widths a side; ranks of each number of warps; factors in float32 and in 16 bits."""
+    n, lists = 4, ("factors", "momenta", "gradients")
+    ints = ("starts", "firsts", "skips", "widths", "matrices")
+    types: dict[str, Any] = dict.fromkeys(ints, ("i32",) * n)
+    types |= {"n": "i32", "max_rank": "i32", "beta": "fp32", "moves": "*i32"}
+    types |= dict.fromkeys(("grams", "totals", "transforms", "eta", "scaling", "decay"), "*fp64")
+    types |= {"offsets": ("*i64",) * 3, "rows_p": "*i64", "rows_q": "*i64"}
+    types |= dict.fromkeys(("lam", "mask", "candidates"), "*fp32")
+    aligned = (*lists, "widths", "offsets", "grams", "transforms")
+    for arch, rank in itertools.product(ARCHITECTURES, (4, 8, HIGHEST_RANK)):
+        entries = {"N": n, "NP": 2, "R": rank}
+        found = [(solve_kernel, {"R": rank, "BM": 64}, "*fp32")]
+        for pointer in ("*fp32", "*bf16") if rank != 8 else ("*fp32",):
+            found.append((gram_kernel, entries | {"BK": columns_of(rank)}, pointer))
+            found.append((write_kernel, entries | {"BK": BK}, pointer))
+        for kernel, constants, pointer in found:
+            own = types | dict.fromkeys(lists, (pointer,) * n)
+            signature = {name: own[name] for name in kernel.arg_names if name not in constants}
+            known = tuple(name for name in aligned if name in signature)
+            options = {**options_of(rank), "num_stages": 3}
+            yield Case(kernel, signature, constants, options, known, arch)
