@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .compaction import torch_optimizers
 from .config import HALConfig
 from .nn.adapter import HyperAdapter
 from .nn.layout import LayerSpec, Layout
@@ -34,6 +33,7 @@ from .patching import (
     owner_of,
     saved_modules,
 )
+from .stepping import torch_optimizers
 from .targets import expect_usable
 
 FORMAT = 1

@@ -5,6 +5,7 @@ them, gradient accumulation reaches them once per window, and HF Trainer and acc
 same optimizers.
 """
 
+import gc
 import weakref
 from typing import Any
 
@@ -44,3 +45,10 @@ def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for adapter in list(_adapters):
         if id(adapter.leading_parameter) in held:
             adapter.after_optimizer_step()
+
+
+def torch_optimizers() -> list[torch.optim.Optimizer]:
+    """Every torch optimizer there is: one that was just restored has not stepped yet, and torch
+    keeps no list of them."""
+    found = (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
+    return [optimizer for optimizer in found if hasattr(optimizer, "state")]

@@ -20,7 +20,7 @@ from ..config import HALConfig
 from ..ops.ragged import Slots
 from .added import adder
 from .alignment import Alignment, alignment_steps, extra_state_sizes, nothing
-from .allocation import allocate, last_allocation
+from .allocation import allocate
 from .layout import Layout
 from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
@@ -417,26 +417,6 @@ class HyperAdapter(State):
     def _leaves(self) -> list[torch.Tensor]:
         """Tensors that gradients are left in and no optimizer moves."""
         return [*self._probes, *(self._alignment.leaves() if self._alignment is not None else [])]
-
-    @property
-    def holds_mask(self) -> bool:
-        """Whether pruned directions stay at zero between allocations.
-
-        As in AdaLoRA, "direct" under the cubic schedule zeroes them at each allocation and lets
-        them train on until the last one, so that they may come back.
-        """
-        cubic = self.direct and self.config.schedule == "cubic"
-        return not cubic or self.steps >= self.last_allocation
-
-    @property
-    def last_allocation(self) -> int:
-        """The optimizer step after which the mask stays as it is."""
-        return last_allocation(self.config, len(self.layout.layers), self.initial_rows)
-
-    @property
-    def effective_mask(self) -> torch.Tensor:
-        """The mask that the layers' function shows now ``[R]``."""
-        return self.mask if self.holds_mask else torch.ones_like(self.mask)
 
     # -- state -----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ..config import HALConfig
+from .allocation import last_allocation
 from .hypernet import Hypernetwork
 from .layout import Layout
 from .packed import Packed
@@ -19,6 +20,9 @@ class State(nn.Module):
     lam: torch.Tensor
     mask: torch.Tensor
     hypernet: Hypernetwork | None
+    layout: Layout
+    initial_rows: int  # directions that all layers together started with
+    steps: int  # optimizer steps taken
 
     def __init__(self, config: HALConfig) -> None:
         super().__init__()
@@ -99,3 +103,23 @@ class State(nn.Module):
         if self.config.own_offsets == "lam":
             return Packed((), self.get_parameter("offset_lam"), ())
         return self.packed("offset_")
+
+    @property
+    def holds_mask(self) -> bool:
+        """Whether pruned directions stay at zero between allocations.
+
+        As in AdaLoRA, "direct" under the cubic schedule zeroes them at each allocation and lets
+        them train on until the last one, so that they may come back.
+        """
+        cubic = self.direct and self.config.schedule == "cubic"
+        return not cubic or self.steps >= self.last_allocation
+
+    @property
+    def last_allocation(self) -> int:
+        """The optimizer step after which the mask stays as it is."""
+        return last_allocation(self.config, len(self.layout.layers), self.initial_rows)
+
+    @property
+    def effective_mask(self) -> torch.Tensor:
+        """The mask that the layers' function shows now ``[R]``."""
+        return self.mask if self.holds_mask else torch.ones_like(self.mask)
