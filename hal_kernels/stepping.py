@@ -7,6 +7,7 @@ same optimizers.
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,11 +34,36 @@ def _held(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     held = _held(optimizer)
-    for adapter in list(_adapters):
-        if any(id(parameter) in held for parameter in adapter.parameters()):
+    stepped = [a for a in list(_adapters) if any(id(p) in held for p in a.parameters())]
+
+    def check() -> None:
+        for adapter in stepped:
             adapter.before_optimizer_step(optimizer)
+
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+    if not stepped or not callable(closure):
+        check()
+        return None
+    inner = (v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer))
+    if any(_held(other) & held for other in inner):
+        return None  # SAM and its kin put parameters back, and the one inside steps: checked then
+    wrapped = _checked(closure, check)
+    if len(args) > 1:
+        return (args[0], wrapped, *args[2:]), kwargs
+    return args, kwargs | {"closure": wrapped}
+
+
+def _checked(closure: Callable[[], Any], check: Callable[[], None]) -> Callable[[], Any]:
+    """`closure`, whose backward pass makes the gradients of a step, with `check` after it."""
+
+    def run() -> Any:
+        loss = closure()
+        check()
+        return loss
+
+    return run
 
 
 def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -31,9 +31,9 @@ from .tensors import all_finite, capturing
 from .threads import PerThread
 
 # State of a step under way, with its value in between. Never saved, never copied.
-_TRANSIENT = {
-    "_stray": None, "_recent": None, "_cache": None, "_last_views": None, "_skip": False,
-    "_step_begins": True, "last_penalty": None, "shared": False,
+_TRANSIENT: dict[str, Any] = {
+    "_stray": None, "_recent": None, "_cache": None, "_last_views": None, "_step_begins": True,
+    "last_penalty": None, "shared": False,
 }  # fmt: skip
 
 _Probed = adder(1.0, copies=True)
@@ -73,7 +73,6 @@ class HyperAdapter(State):
     _cache: tuple[Any, Generation] | None  # versions and generation, without a graph
     _recent: Packed | None  # values generated last in this step, for the state
     _last_views: list[LayerFactors] | None  # the same, for layers run again by checkpointing
-    _skip: bool  # the optimizer step under way is being left out
     process_group: Any = None  # of those that train this together; None: the default group, if any
     shared: bool  # every process has the first one's state
     last_penalty: torch.Tensor | None  # γ·penalty in the last training forward's loss, if any
@@ -357,7 +356,7 @@ class HyperAdapter(State):
         self.skip_if_nonfinite(p for group in optimizer.param_groups for p in group["params"])
 
     def skip_if_nonfinite(self, parameters: Iterable[torch.Tensor] = ()) -> None:
-        """Drop gradients, and leave out the coming advance, if one of them is NaN or Inf.
+        """Drop all gradients if one of them is NaN or Inf, so that nothing is stepped by them.
 
         Args:
             parameters: what is stepped together with this adapter's own parameters.
@@ -366,19 +365,18 @@ class HyperAdapter(State):
             return
         watched = [*parameters, *self.parameters(), *self._leaves()]
         stepped = {id(p): p for p in watched}
-        finite = all_finite([p.grad for p in stepped.values() if p.grad is not None])
-        if not all_agree(finite, self.mask.device, self.process_group):
+        found = [p.grad for p in stepped.values() if p.grad is not None]
+        finite = all_agree(all_finite(found), self.mask.device, self.process_group)
+        if not finite:
             for parameter in stepped.values():
                 parameter.grad = None
-            # If this is the second of several optimizers, the advance is over.
-            self._skip = self._recent is not None
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         """Advance the factors and allocate ranks, once per optimizer step that had gradients."""
         recent = self._recent
         moved = self._has_gradient() and self.watched().lam.grad is not None
-        if moved and recent is not None and not self._skip:  # else there was nothing to step
+        if moved and recent is not None:  # else there was nothing to step
             self.steps += 1
             if self._alignment is not None:
                 self._alignment.end_step(self.process_group)
@@ -390,7 +388,6 @@ class HyperAdapter(State):
                 if not self.direct:
                     torch._foreach_copy_(self.packed().tensors(), recent.tensors())
                 allocate(self)
-        self._skip = False
         self._clear_probes()
         self.forget()
 
