@@ -1,6 +1,7 @@
 """`patch_model`: adapt a model's linear layers in place."""
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -240,10 +241,13 @@ class _Hook:
 
 class _Opening(_Hook):
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and self.adapter.step_begins:
-            for group in self.groups:
-                group.begin_step()
-        self.adapter.open_forward()
+        adapter = self.adapter
+        if not torch.compiler.is_compiling() and not adapter.disabled:
+            adapter.patched = weakref.ref(model)
+            if adapter.step_begins:
+                for group in self.groups:
+                    group.begin_step()
+        adapter.open_forward()
 
 
 class _Closing(_Hook):

@@ -36,7 +36,12 @@ def _held(optimizer: torch.optim.Optimizer) -> set[int]:
 
 def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     held = _held(optimizer)
-    stepped = [a for a in list(_adapters) if any(id(p) in held for p in a.parameters())]
+    stepped = []
+    for adapter in list(_adapters):
+        if any(id(parameter) in held for parameter in adapter.parameters()):
+            stepped.append(adapter)
+        elif _is_left_out(adapter, held):
+            adapter.notices.left_out()
 
     def check() -> None:
         for adapter in stepped:
@@ -64,6 +69,19 @@ def _checked(closure: Callable[[], Any], check: Callable[[], None]) -> Callable[
         return loss
 
     return run
+
+
+def _is_left_out(adapter: HyperAdapter, held: set[int]) -> bool:
+    """Whether an optimizer that holds other parameters (by id) of the model is all there is."""
+    model = None if adapter.patched is None else adapter.patched()
+    own = {id(parameter) for parameter in adapter.parameters() if parameter.grad is not None}
+    if adapter.notices.optimized or model is None or not own:
+        return False
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        return False
+    # One of several optimizers, perhaps: looked for once, as that takes a while.
+    adapter.notices.optimized = any(own & _held(other) for other in torch_optimizers())
+    return not adapter.notices.optimized
 
 
 def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -90,7 +90,8 @@ def run(options, steps, **schedule):
     generator = torch.Generator().manual_seed(options["seed"])
     model = hal_kernels.patch_model(
         Chain(options["layers"]), options["rank"], init_rank=options["init_rank"],
-        hypernet="direct", allocation=options["method"], interval=options["interval"], **schedule,
+        hypernet="direct", allocation=options["method"], interval=options["interval"], gamma=0.0,
+        **schedule,
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.hal.parameters(), lr=0.0)
     lam = model.hal.lam

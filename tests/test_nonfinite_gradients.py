@@ -1,6 +1,7 @@
 """A step whose gradients hold NaN or Inf changes nothing."""
 
 import copy
+import warnings
 
 import lifecycle
 import models
@@ -19,6 +20,9 @@ from training import (
 )
 
 import hal_kernels
+
+LEFT_OUT = "an optimizer step is left out"
+pytestmark = pytest.mark.filterwarnings(f"ignore:hal_kernels. {LEFT_OUT}")
 
 
 @pytest.fixture(autouse=True)
@@ -263,3 +267,23 @@ def test_nonfinite_step_with_a_closure(hypernet, make, call):
         assert model.hal.steps == index + 1
     assert_equal(state(model), state(clean))
     assert all(tensor.isfinite().all() for tensor in state(model).values())
+
+
+# ---- what is said about it ---------------------------------------------------------------------
+
+
+def test_skipped_steps_are_warned_of():
+    """The first one, and once more when most of them are: not each."""
+    model = patched_net("direct")
+    optimizer = adam(model)
+    inputs = models.batch(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(40):
+            poison = POISONS["nan"] if index % 8 else None
+            step_once(model, optimizer, None, inputs, poison)
+            assert len(caught) == (0 if index < 1 else 1 if index < 12 else 2)
+    assert LEFT_OUT in str(caught[0].message)
+    assert "more than half of the last 20" in str(caught[1].message)
+    assert {w.filename for w in caught} == {__file__}  # the line that calls step()
+    assert model.hal.steps == 5

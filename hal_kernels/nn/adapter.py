@@ -11,10 +11,12 @@ Life of one training step
 Work over all layers is a constant number of torch calls, however many layers there are.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import HALConfig
 from ..ops.ragged import Slots
@@ -22,6 +24,7 @@ from .added import adder
 from .alignment import Alignment, alignment_steps, extra_state_sizes, nothing
 from .allocation import allocate
 from .layout import Layout
+from .notices import Notices
 from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
 from .processes import all_agree, expect_shared, share_state, world_size
@@ -33,7 +36,7 @@ from .threads import PerThread
 # State of a step under way, with its value in between. Never saved, never copied.
 _TRANSIENT: dict[str, Any] = {
     "_stray": None, "_recent": None, "_cache": None, "_last_views": None, "_step_begins": True,
-    "last_penalty": None, "shared": False,
+    "last_penalty": None, "shared": False, "patched": None,
 }  # fmt: skip
 
 _Probed = adder(1.0, copies=True)
@@ -75,6 +78,7 @@ class HyperAdapter(State):
     _last_views: list[LayerFactors] | None  # the same, for layers run again by checkpointing
     process_group: Any = None  # of those that train this together; None: the default group, if any
     shared: bool  # every process has the first one's state
+    patched: weakref.ref[nn.Module] | None  # the model whose passes this adapter takes part in
     last_penalty: torch.Tensor | None  # γ·penalty in the last training forward's loss, if any
     _step_begins: bool  # the next pass with gradients is an accumulation window's first
 
@@ -85,7 +89,7 @@ class HyperAdapter(State):
         self.saved_modules: dict[str, dict[str, torch.Tensor]] = {}
         """Original tensors of the modules trained in full, by module name."""
         self.__dict__.update(_TRANSIENT)
-        self._passes = PerThread(_Pass)
+        self._passes, self.notices = PerThread(_Pass), Notices()
         with torch.random.fork_rng(devices=[], enabled=config.seed is not None):
             if config.seed is not None:
                 # The CPU's alone: torch.manual_seed would reseed every GPU, and none is restored.
@@ -212,6 +216,8 @@ class HyperAdapter(State):
                 self._stray_generation() if torch.is_grad_enabled() else self.current()
             )
             packed = live.effective
+        if torch.is_grad_enabled():
+            self.notices.penalized = True
         if self._alignment is None:
             return packed_penalty(self, packed)
         # These directions are about to be replaced: the penalty counts, and moves nothing.
@@ -367,6 +373,8 @@ class HyperAdapter(State):
         stepped = {id(p): p for p in watched}
         found = [p.grad for p in stepped.values() if p.grad is not None]
         finite = all_agree(all_finite(found), self.mask.device, self.process_group)
+        if found:  # else this is the second of several optimizers
+            self.notices.gradients_checked(finite=finite)
         if not finite:
             for parameter in stepped.values():
                 parameter.grad = None
@@ -378,6 +386,7 @@ class HyperAdapter(State):
         moved = self._has_gradient() and self.watched().lam.grad is not None
         if moved and recent is not None:  # else there was nothing to step
             self.steps += 1
+            self.notices.step_taken(self.config.gamma)
             if self._alignment is not None:
                 self._alignment.end_step(self.process_group)
                 if self.steps == alignment_steps(self.config, self.layout, self.initial_rows):
@@ -444,7 +453,8 @@ class HyperAdapter(State):
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | _TRANSIENT | {"_probes": [], "process_group": None}
+        fresh: dict[str, Any] = {"_probes": [], "process_group": None, "notices": Notices()}
+        return self.__dict__ | _TRANSIENT | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from ..stepping import watch  # a copy of a model is trained like the original
