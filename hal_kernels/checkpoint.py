@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .checks import INVALID, expect_finite, expect_mask, expect_tensors
-from .compaction import torch_optimizers
 from .config import HALConfig
 from .files import folder_path, held, serialized, write_atomically
 from .nn.adapter import HyperAdapter
@@ -37,6 +36,7 @@ from .patching import (
     owner_of,
     saved_modules,
 )
+from .stepping import torch_optimizers
 from .targets import expect_usable
 
 FORMAT = 1
@@ -125,16 +125,18 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     rows = torch.empty(sum(spec.rank for spec in specs), device="meta")
     expect_tensors({"lam": rows}, {k: v for k, v in state.items() if k == "lam"}, "the adapter")
     adapter = HyperAdapter(config, Layout(specs), next(iter(layers.values())).weight.device)
+    state.setdefault("never_called", torch.zeros_like(adapter.never_called))  # of older checkpoints
     expected = adapter.state_dict()
     if "_extra_state" in state:  # it grows while directions are chosen: `saved_steps` looks at it
         expected["_extra_state"] = state["_extra_state"]
     expect_tensors(expected, state, "the adapter")
     expect_finite(_without_progress(state), "the adapter")
     for key, tensor in state.items():
-        if key != "_extra_state" and tensor.dtype != state["lam"].dtype:
+        dtype = torch.bool if key == "never_called" else state["lam"].dtype
+        if key != "_extra_state" and tensor.dtype != dtype:
             raise ValueError(
                 f"the checkpoint's tensor {key!r} for the adapter has dtype {tensor.dtype}, "
-                f"expected {state['lam'].dtype} as 'lam' has"
+                f"expected {dtype}" + (" as 'lam' has" if dtype != torch.bool else "")
             )
     expect_mask(state["mask"], "mask")
     steps = saved_steps(config, adapter.layout, state["_extra_state"])

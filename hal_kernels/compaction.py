@@ -1,13 +1,12 @@
 """`compact`: drop pruned directions for good."""
 
-import gc
-
 import torch
 from torch import nn
 
 from .nn.adapter import HyperAdapter
 from .nn.tensors import replace_data
 from .patching import intact_adapter
+from .stepping import torch_optimizers
 
 
 def compact(model: nn.Module) -> nn.Module:
@@ -72,10 +71,3 @@ def _keep_rows(
         for key, value in optimizer.state.get(tensor, {}).items():
             if isinstance(value, torch.Tensor) and value.shape == shape:
                 optimizer.state[tensor][key] = value[keep]
-
-
-def torch_optimizers() -> list[torch.optim.Optimizer]:
-    """Every torch optimizer there is: one that was just restored has not stepped yet, and torch
-    keeps no list of them."""
-    found = (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
-    return [optimizer for optimizer in found if hasattr(optimizer, "state")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -338,10 +339,13 @@ class _Hook:
 
 class _Opening(_Hook):
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and self.adapter.step_begins:
-            for group in self.groups:
-                group.begin_step()
-        self.adapter.open_forward()
+        adapter = self.adapter
+        if not torch.compiler.is_compiling() and not adapter.disabled:
+            adapter.patched = weakref.ref(model)
+            if adapter.step_begins:
+                for group in self.groups:
+                    group.begin_step()
+        adapter.open_forward()
 
 
 class _Closing(_Hook):
@@ -349,6 +353,8 @@ class _Closing(_Hook):
         adapter = self.adapter
         try:
             if model.training and torch.is_grad_enabled() and output is not None:
+                if not torch.compiler.is_compiling():
+                    adapter.calls.forward_ended(adapter)
                 once = kwargs.get("num_items_in_batch") is not None
                 output = _with_loss(output, lambda: adapter.loss_term(counts_once=once))
         finally:

@@ -153,6 +153,7 @@ def test_copies_go_on_alike(hypernet):
     assert_equal(state(twin), state(model))
 
 
+@pytest.mark.filterwarnings("ignore:hal_kernels. an optimizer step is left out")
 def test_a_step_with_nan_is_looked_at_by_nobody():
     model, twin = patched(dtype=torch.float32), patched(dtype=torch.float32)
     data = batches(model, STEPS)

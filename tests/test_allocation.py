@@ -90,7 +90,8 @@ def run(options, steps, **schedule):
     generator = torch.Generator().manual_seed(options["seed"])
     model = hal_kernels.patch_model(
         Chain(options["layers"]), options["rank"], init_rank=options["init_rank"],
-        hypernet="direct", allocation=options["method"], interval=options["interval"], **schedule,
+        hypernet="direct", allocation=options["method"], interval=options["interval"], gamma=0.0,
+        **schedule,
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.hal.parameters(), lr=0.0)
     lam = model.hal.lam
@@ -419,7 +420,10 @@ def test_check_for_nan_waits_once(hypernet, waits):
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-@pytest.mark.parametrize(("total", "options"), [(12, {}), (30, {"prune_per_interval": 3}), (3, {})])
+@pytest.mark.parametrize(
+    ("total", "options"),
+    [(12, {}), (30, {"prune_per_interval": 3}), (3, {}), (24, {"interval": 5})],
+)
 def test_total_step_lets_a_short_run_meet_the_budget(total, options, hypernet):
     model = hal_kernels.patch_model(
         models.net(), 2, init_rank=4, hypernet=hypernet, seed=0, total_step=total, **options

@@ -102,6 +102,7 @@ def test_hugging_face(hypernet, make, options):
     assert_same_step(hugging_face(make, hypernet, True, "inside", **options), expected)
 
 
+@pytest.mark.filterwarnings("ignore:hal_kernels. this step's loss had no orthogonality penalty")
 @pytest.mark.parametrize("loss", ["outside", "outside and penalty"])
 @pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_loss_outside_the_model(hypernet, loss):

@@ -195,6 +195,7 @@ def test_compiled_and_eager_calls_mixed(hypernet):
     assert_close(state(model), state(eager), 1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:hal_kernels. an optimizer step is left out")
 @pytest.mark.parametrize("hypernet", ["bert"])
 def test_bad_step_of_a_compiled_model(hypernet):
     """Skipped like any other."""

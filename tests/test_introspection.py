@@ -214,6 +214,7 @@ def test_step_after_a_torch_optimizer_does_nothing():
     assert_equal(state(model), state(twin))
 
 
+@pytest.mark.filterwarnings("ignore:hal_kernels. an optimizer step is left out")
 @pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_step_without_gradients_or_with_bad_ones_does_nothing(hypernet):
     model = patched(hypernet=hypernet, init_rank=3, interval=1)

@@ -1,6 +1,7 @@
 """A step whose gradients hold NaN or Inf changes nothing."""
 
 import copy
+import warnings
 
 import lifecycle
 import models
@@ -19,6 +20,9 @@ from training import (
 )
 
 import hal_kernels
+
+LEFT_OUT = "an optimizer step is left out"
+pytestmark = pytest.mark.filterwarnings(f"ignore:hal_kernels. {LEFT_OUT}")
 
 
 @pytest.fixture(autouse=True)
@@ -189,3 +193,97 @@ def test_nonfinite_gradient_of_another_optimizer_is_not_ours():
     (models.loss_of(plain(**models.batch(plain))) * float("nan")).backward()
     optimizer.step()
     assert plain.classifier.weight.isnan().all()
+
+
+# ---- steps with a closure ----------------------------------------------------------------------
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation, as it is usually written (github.com/davda54/sam)."""
+
+    def __init__(self, parameters, rho=0.05, **options):
+        super().__init__(parameters, {"rho": rho})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, **options)
+
+    @torch.no_grad()
+    def step(self, closure):
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in moved]).norm()
+        for p in moved:
+            self.state[p]["old"] = p.clone()
+            p.add_(p.grad, alpha=float(self.defaults["rho"] / (norm + 1e-12)))
+        self.zero_grad()
+        torch.enable_grad()(closure)()
+        for p in moved:
+            if p.grad is not None:
+                p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+
+
+def by_position(optimizer, closure):
+    return optimizer.step(closure)
+
+
+def by_name(optimizer, closure):
+    return optimizer.step(closure=closure)
+
+
+def sharpness_aware(optimizer, closure):
+    closure()
+    return optimizer.step(closure)
+
+
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (lambda p: torch.optim.AdamW(p, lr=1e-3), by_position),
+        (lambda p: torch.optim.AdamW(p, lr=1e-3), by_name),
+        (lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3), by_position),
+        (lambda p: SAM(p, lr=1e-2), sharpness_aware),
+    ],
+    ids=["position", "name", "LBFGS", "SAM"],
+)
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_nonfinite_step_with_a_closure(hypernet, make, call):
+    """Gradients are made inside step(), as Lightning does: a bad batch leaves no trace either."""
+    model, clean = (patched_net(hypernet, init="random") for _ in range(2))
+    optimizer, clean_optimizer = make(trainable(model)), make(trainable(clean))
+
+    def step(model, optimizer, inputs, factor=1.0):
+        def closure():
+            optimizer.zero_grad()
+            loss = models.loss_of(model(**inputs)) * factor
+            loss.backward()
+            return loss
+
+        call(optimizer, closure)
+
+    for index, inputs in enumerate(batches(model, 4)):
+        if index == 2:
+            step(model, optimizer, inputs, float("nan"))
+            assert model.hal.steps == 2
+        step(model, optimizer, inputs)
+        step(clean, clean_optimizer, inputs)
+        assert model.hal.steps == index + 1
+    assert_equal(state(model), state(clean))
+    assert all(tensor.isfinite().all() for tensor in state(model).values())
+
+
+# ---- what is said about it ---------------------------------------------------------------------
+
+
+def test_skipped_steps_are_warned_of():
+    """The first one, and once more when most of them are: not each."""
+    model = patched_net("direct")
+    optimizer = adam(model)
+    inputs = models.batch(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(40):
+            poison = POISONS["nan"] if index % 8 else None
+            step_once(model, optimizer, None, inputs, poison)
+            assert len(caught) == (0 if index < 1 else 1 if index < 12 else 2)
+    assert LEFT_OUT in str(caught[0].message)
+    assert "more than half of the last 20" in str(caught[1].message)
+    assert {w.filename for w in caught} == {__file__}  # the line that calls step()
+    assert model.hal.steps == 5

@@ -207,12 +207,31 @@ def test_pruned_directions_stay_zero_with_several_optimizers(order):
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_optimizer_without_the_adapter(hypernet):
-    """A step of an optimizer that holds none of the adapter's parameters isn't a step of it."""
-    model = patched_net(hypernet)
+    """Its step isn't a step of the adapter, which is warned of, once."""
+    net = models.net()
+    early = torch.optim.SGD(net.parameters(), lr=0.1)
+    model = hal_kernels.patch_model(net, 2, hypernet=hypernet, seed=0)
+    with pytest.warns(UserWarning, match="make the optimizer after the adapter") as caught:
+        train(model, early, batches(model, 3))
+    assert len(caught) == 1 and caught[0].filename == train.__code__.co_filename
+    assert model.hal.steps == 0
+
+
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_optimizers_without_the_adapter_that_are_fine(hypernet):
+    """Of another model (a GAN's), beside the adapter's own, of the head while that is frozen."""
+    model, other = patched_net(hypernet), models.net()
+    critic = torch.optim.SGD(other.parameters(), lr=0.1)
     head = torch.optim.SGD(model.classifier.parameters(), lr=0.1)
     models.loss_of(model(**models.batch(model))).backward()
+    models.loss_of(other(**models.batch(other))).backward()
+    critic.step()
+    optimizer = torch.optim.SGD(model.hal.parameters(), lr=0.1)
     head.step()
-    assert model.hal.steps == 0
+    optimizer.step()
+    frozen = patched_net(hypernet)
+    frozen.hal.requires_grad_(False)
+    train(frozen, torch.optim.SGD(trainable(frozen), lr=0.1), batches(frozen, 2))
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
@@ -303,7 +322,7 @@ def test_submodules_accumulate(hypernet):
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_submodules_two_forwards_before_two_backwards(hypernet):
-    model = patched_net(hypernet)
+    model = patched_net(hypernet, gamma=0.0)
     losses = [outside(model, inputs) for inputs in batches(model, 2)]
     for loss in losses:
         loss.backward()

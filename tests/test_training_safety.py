@@ -210,6 +210,16 @@ def test_no_grad_sees_a_loaded_state_dict(hypernet):
     assert model.hal.steps == 3
 
 
+def test_steps_without_the_penalty_are_warned_of():
+    """In eval mode, as from_pretrained returns models: once, by what to do, at the user's line."""
+    model = patched_net("direct").eval()
+    optimizer = adam(model)
+    train(model.train(), optimizer, batches(model, 1))
+    with pytest.warns(UserWarning, match=r"call model\.train\(\) before training") as caught:
+        train(model.eval(), optimizer, batches(model, 3))
+    assert len(caught) == 1 and caught[0].filename == train.__code__.co_filename
+
+
 # ---- outputs that carry the loss ---------------------------------------------------------------
 
 

@@ -11,43 +11,37 @@ Life of one training step
 Work over all layers is a constant number of torch calls, however many layers there are.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import HALConfig
 from ..ops.ragged import Slots
 from .added import adder
 from .alignment import Alignment, alignment_steps, nothing, saved_steps
-from .allocation import allocate, announce, last_allocation
+from .allocation import allocate, announce
+from .calls import Calls
 from .layout import Layout
+from .notices import Notices
 from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
 from .processes import all_agree, expect_shared, share_state, world_size
 from .recompute import Regenerate, inside_backward, refuse_reentrant
-from .spectral import TANGENT, Taken, advance
+from .spectral import TANGENT, Taken, advance, register_scalings
 from .state import State
 from .tensors import all_finite, capturing
-from .threads import PerThread
+from .threads import Pass, PerThread
 
 # State of a step under way, with its value in between. Never saved, never copied.
-_TRANSIENT = {
-    "_stray": None, "_recent": None, "_cache": None, "_last_views": None, "_skip": False,
-    "_step_begins": True, "last_penalty": None, "shared": False,
-    "_taken": None,
+_TRANSIENT: dict[str, Any] = {
+    "_stray": None, "_recent": None, "_cache": None, "_last_views": None, "_step_begins": True,
+    "last_penalty": None, "shared": False, "patched": None, "_taken": None,
 }  # fmt: skip
 
 _Probed = adder(1.0, copies=True)
-
-
-class _Pass:
-    """The forward pass of the model under way in a thread."""
-
-    def __init__(self) -> None:
-        self.depth = 0  # nested calls of the model's forward
-        self.live: Generation | None = None
-        self.begins_step = False  # it is an accumulation window's first
 
 
 class HyperAdapter(State):
@@ -77,10 +71,10 @@ class HyperAdapter(State):
     _cache: tuple[Any, Generation] | None  # versions and generation, without a graph
     _recent: Packed | None  # values generated last in this step, for the state
     _last_views: list[LayerFactors] | None  # the same, for layers run again by checkpointing
-    _skip: bool  # the optimizer step under way is being left out
     _taken: Taken | None  # update="spectral": what the optimizer under way was kept from
     process_group: Any = None  # of those that train this together; None: the default group, if any
     shared: bool  # every process has the first one's state
+    patched: weakref.ref[nn.Module] | None  # the model whose passes this adapter takes part in
     last_penalty: torch.Tensor | None  # γ·penalty in the last training forward's loss, if any
     _step_begins: bool  # the next pass with gradients is an accumulation window's first
 
@@ -91,7 +85,7 @@ class HyperAdapter(State):
         self.saved_modules: dict[str, dict[str, torch.Tensor]] = {}
         """Original tensors of the modules trained in full, by module name."""
         self.__dict__.update(_TRANSIENT)
-        self._passes = PerThread(_Pass)
+        self._passes, self.notices = PerThread(Pass), Notices()
         with torch.random.fork_rng(devices=[], enabled=config.seed is not None):
             if config.seed is not None:
                 # The CPU's alone: torch.manual_seed would reseed every GPU, and none is restored.
@@ -105,12 +99,10 @@ class HyperAdapter(State):
         self.layout = layout
         self.scalings = [spec.scaling for spec in layout.layers]
         self.budget = self.config.budget(layout.narrowest)
-        device, dtype = self.mask.device, self.mask.dtype
+        self.calls = Calls([spec.name for spec in layout.layers])
         if self.config.spectral:
-            layers = torch.tensor(self.scalings, dtype=dtype, device=device)
-            rows = layers.repeat_interleave(torch.tensor(layout.ranks, device=device))
-            self.register_buffer("layer_scalings", layers, persistent=False)
-            self.register_buffer("row_scalings", rows, persistent=False)
+            register_scalings(self)
+        device = self.mask.device
         index = {"offsets_lam": layout.offsets}
         for name, side in (("p", layout.p), ("q", layout.q)):
             index |= {f"rows_{name}": side.rows, f"positions_{name}": side.positions}
@@ -197,12 +189,17 @@ class HyperAdapter(State):
                 return views[index]
         return self._stray_generation().views[index]
 
+    def note_call(self, index: int) -> None:
+        """One layer's forward is run."""
+        if self.calls.idle and not torch.compiler.is_compiling():
+            self.calls.idle.discard(index)
+
     def present_factors(self, index: int) -> LayerFactors:
         """One layer's (P rows, Λ_eff, Q rows) as they are now, detached; also while disabled."""
         return self._stray_current().views[index]
 
     @property
-    def _pass(self) -> _Pass:
+    def _pass(self) -> Pass:
         return self._passes.mine
 
     @property
@@ -223,6 +220,8 @@ class HyperAdapter(State):
                 self._stray_generation() if torch.is_grad_enabled() else self.current()
             )
             packed = live.effective
+        if torch.is_grad_enabled():
+            self.notices.penalized = True
         if self.config.spectral:  # orthonormal they are anyway, and have another use for gradients
             return nothing(packed.tensors())
         if self._alignment is None:
@@ -381,7 +380,7 @@ class HyperAdapter(State):
             self._taken = Taken(self, optimizer)
 
     def skip_if_nonfinite(self, parameters: Iterable[torch.Tensor] = ()) -> None:
-        """Drop gradients, and leave out the coming advance, if one of them is NaN or Inf.
+        """Drop all gradients if one of them is NaN or Inf, so that nothing is stepped by them.
 
         Args:
             parameters: what is stepped together with this adapter's own parameters.
@@ -390,12 +389,13 @@ class HyperAdapter(State):
             return
         watched = [*parameters, *self.parameters(), *self._leaves()]
         stepped = {id(p): p for p in watched}
-        finite = all_finite([p.grad for p in stepped.values() if p.grad is not None])
-        if not all_agree(finite, self.mask.device, self.process_group):
+        found = [p.grad for p in stepped.values() if p.grad is not None]
+        finite = all_agree(all_finite(found), self.mask.device, self.process_group)
+        if found:  # else this is the second of several optimizers
+            self.notices.gradients_checked(finite=finite)
+        if not finite:
             for parameter in stepped.values():
                 parameter.grad = None
-            # If this is the second of several optimizers, the advance is over.
-            self._skip = self._recent is not None
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
@@ -403,10 +403,11 @@ class HyperAdapter(State):
         recent, taken = self._recent, self._taken
         moved = self._has_gradient() and self.watched().lam.grad is not None
         moved = taken is not None or moved
-        if moved and recent is not None and not self._skip:  # else there was nothing to step
+        if moved and recent is not None:  # else there was nothing to step
             self.steps += 1
             if self.steps == 1:
                 announce(self)
+            self.notices.step_taken(0.0 if self.config.spectral else self.config.gamma)
             if self._alignment is not None:
                 self._alignment.end_step(self.process_group)
                 if self.steps == alignment_steps(self.config, self.layout):
@@ -419,7 +420,7 @@ class HyperAdapter(State):
                 allocate(self)
                 if taken is not None:
                     advance(self, taken)
-        self._skip, self._taken = False, None
+        self._taken = None
         self._clear_probes()
         self.forget()
 
@@ -455,26 +456,6 @@ class HyperAdapter(State):
         """Tensors that gradients are left in and no optimizer moves."""
         return [*self._probes, *(self._alignment.leaves() if self._alignment is not None else [])]
 
-    @property
-    def holds_mask(self) -> bool:
-        """Whether pruned directions stay at zero between allocations.
-
-        As in AdaLoRA, "direct" under the cubic schedule zeroes them at each allocation and lets
-        them train on until the last one, so that they may come back.
-        """
-        cubic = self.direct and not self.config.spectral and self.config.schedule == "cubic"
-        return not cubic or self.steps >= self.last_allocation
-
-    @property
-    def last_allocation(self) -> int:
-        """The optimizer step after which the mask stays as it is."""
-        return last_allocation(self.config, self.budget, self.layout.initial_rows)
-
-    @property
-    def effective_mask(self) -> torch.Tensor:
-        """The mask that the layers' function shows now ``[R]``."""
-        return self.mask if self.holds_mask else torch.ones_like(self.mask)
-
     # -- state -----------------------------------------------------------------------------------
 
     def get_extra_state(self) -> torch.Tensor:
@@ -498,7 +479,8 @@ class HyperAdapter(State):
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | _TRANSIENT | {"_probes": [], "process_group": None}
+        fresh: dict[str, Any] = {"_probes": [], "process_group": None, "notices": Notices()}
+        return self.__dict__ | _TRANSIENT | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from ..stepping import watch  # a copy of a model is trained like the original

@@ -61,7 +61,8 @@ def _per_interval(config: HALConfig, surplus: int) -> int:
         return config.prune_per_interval
     allocations = ALLOCATIONS
     if config.total_step is not None:
-        allocations = max(1, min(allocations, 2 * config.total_step // 3))
+        room = 2 * config.total_step // (3 * (config.interval or 1))
+        allocations = max(1, min(allocations, room))
     return math.ceil(surplus / allocations)
 
 

@@ -53,6 +53,12 @@ class AdaptedLayer(nn.Module):
         """What `LayerSlot.arguments` gives; a layer that stands alone has its own."""
         return self._own_arguments() if self._hal is None else self._hal.arguments(self.training)
 
+    def _arguments_of_call(self) -> tuple[LayerFactors, dict[str, Any]] | None:
+        """The same for this layer's forward, which its adapter is told of."""
+        if self._hal is not None:
+            self._hal.adapter.note_call(self._hal.index)
+        return self.adapter_arguments()
+
     def _own_arguments(self) -> tuple[LayerFactors, dict[str, Any]]:
         raise RuntimeError(f"{type(self).__name__} is not part of a patched model")
 
@@ -159,7 +165,7 @@ class HALLinear(AdaptedLayer, nn.Linear):
         }
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        found = self.adapter_arguments()
+        found = self._arguments_of_call()
         if found is None:
             return super().forward(input)
         factors, options = found
@@ -196,7 +202,7 @@ class _Conv1DForward(_MadeClass):
     """transformers' Conv1D (weight ``[d_in, d_out]``): the same operator on the transposed view."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = self.adapter_arguments()
+        found = self._arguments_of_call()
         if found is None:
             return super().forward(x)
         factors, options = found
@@ -208,7 +214,7 @@ class _ForeignForward(_MadeClass):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = super().forward(x, *args, **kwargs)
-        found = self.adapter_arguments()
+        found = self._arguments_of_call()
         if found is None:
             return y
         factors, options = found

@@ -27,6 +27,15 @@ RATE = 20.0
 BETA = 0.9
 
 
+def register_scalings(adapter: "HyperAdapter") -> None:
+    """Give the adapter s of each layer ``[n]`` and of each direction ``[R]``, on its device."""
+    like = {"dtype": adapter.mask.dtype, "device": adapter.mask.device}
+    layers = torch.tensor(adapter.scalings, **like)  # type: ignore[arg-type]
+    ranks = torch.tensor(adapter.layout.ranks, device=adapter.mask.device)
+    adapter.register_buffer("layer_scalings", layers, persistent=False)
+    adapter.register_buffer("row_scalings", layers.repeat_interleave(ranks), persistent=False)
+
+
 class Taken:
     """What an optimizer's step left to the adapter: gradients of P and Q, and its options.
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ..config import HALConfig
+from .allocation import last_allocation
 from .hypernet import Hypernetwork
 from .layout import Group, Layout
 from .packed import Packed
@@ -19,6 +20,10 @@ class State(nn.Module):
     lam: torch.Tensor
     mask: torch.Tensor
     hypernet: Hypernetwork | None
+    layout: Layout
+    never_called: torch.Tensor  # layers, by index, that the model is known not to call
+    budget: int  # directions that all layers together keep in the end
+    steps: int  # optimizer steps taken
 
     def __init__(self, config: HALConfig) -> None:
         super().__init__()
@@ -56,6 +61,8 @@ class State(nn.Module):
                 self.register_buffer(f"importance_{name}", torch.zeros_like(value))
                 self.register_buffer(f"uncertainty_{name}", torch.zeros_like(value))
         self.register_buffer("mask", torch.ones(layout.rows, dtype=dtype))
+        never_called = torch.zeros(len(layout.layers), dtype=torch.bool)
+        self.register_buffer("never_called", never_called)
         self.hypernet = None
         if config.hypernet is not None and not self.direct:
             self.hypernet = Hypernetwork(
@@ -113,3 +120,25 @@ class State(nn.Module):
         if self.config.own_offsets == "lam":
             return Packed((), self.get_parameter("offset_lam"), ())
         return self.packed("offset_")
+
+    @property
+    def holds_mask(self) -> bool:
+        """Whether pruned directions stay at zero between allocations.
+
+        As in AdaLoRA, "direct" under the cubic schedule zeroes them at each allocation and lets
+        them train on until the last one, so that they may come back.
+        """
+        cubic = self.direct and not self.config.spectral and self.config.schedule == "cubic"
+        return not cubic or self.steps >= self.last_allocation
+
+    @property
+    def last_allocation(self) -> int:
+        """The optimizer step after which the mask stays as it is."""
+        return last_allocation(self.config, self.budget, self.layout.initial_rows)
+
+    @property
+    def effective_mask(self) -> torch.Tensor:
+        """The mask that the model's function shows now ``[R]``."""
+        mask = self.mask if self.holds_mask else torch.ones_like(self.mask)
+        ranks = torch.tensor(self.layout.ranks, device=mask.device)
+        return mask.masked_fill(self.never_called.repeat_interleave(ranks), 0.0)

@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from .packed import Generation
+
 T = TypeVar("T")
 
 
@@ -20,3 +22,12 @@ class PerThread(threading.local, Generic[T]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.make,)
+
+
+class Pass:
+    """The forward pass of the model under way in a thread."""
+
+    def __init__(self) -> None:
+        self.depth = 0  # nested calls of the model's forward
+        self.live: Generation | None = None
+        self.begins_step = False  # it is an accumulation window's first

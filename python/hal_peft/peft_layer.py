@@ -126,6 +126,8 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         slots = self._working_slots()
+        for slot in slots:
+            slot.adapter.note_call(slot.index)
         found = [a for a in (slot.arguments(self.training) for slot in slots) if a is not None]
         if not found:
             return self.base_layer(x, *args, **kwargs)
@@ -181,6 +183,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         """ΔW of one adapter, in the layout of the base weight and the factors' dtype."""
         slot = self._slots[adapter]
         p, lam, q = slot.adapter.present_factors(slot.index)
+        lam = lam * ~slot.adapter.never_called[slot.index]
         delta = (q.t() * (slot.adapter.scalings[slot.index] * lam)) @ p
         return delta.t() if self.fan_in_fan_out else delta
 

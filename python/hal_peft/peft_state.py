@@ -50,6 +50,8 @@ def packed(adapter: HyperAdapter, state: Mapping[str, torch.Tensor]) -> tuple[La
             adapter holds. Nothing was changed.
     """
     layout, own = adapter.layout, adapter.state_dict()
+    # Older checkpoints lack it.
+    state = {f"{REST}never_called": torch.zeros_like(own["never_called"])} | dict(state)
     expected = by_layer(layout, own)
     if expected.keys() != state.keys():
         raise ValueError(

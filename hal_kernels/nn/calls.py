@@ -1,0 +1,69 @@
+"""Which of an adapter's layers a model calls.
+
+Some modules read a linear layer's weight and never call it (attention that hands its projections to
+`F.multi_head_attention_forward`). An adapter there has no effect and no gradient, so it must not
+become part of the weight either, when the model is merged or exported.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .adapter import HyperAdapter
+
+PATIENCE = 8
+"""Optimizer steps before a layer counts as never called that may merely have had no turn: an
+expert that nothing was routed to, a block that layer-drop left out."""
+
+_TEXT = (
+    "the model reads the weight of {} without calling the layer, so the adapter has no effect "
+    "there and will be left out when it is merged or exported; leave such layers unadapted "
+    "(exclude=[…])"
+)
+
+
+class Calls:
+    """Layers, by index, that were not called so far.
+
+    Args:
+        names: of the layers.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.idle = set(range(len(names)))
+        self._noted = 0  # how many were idle when stock was taken
+        self._told: set[int] = set()
+
+    def forward_ended(self, adapter: "HyperAdapter") -> None:
+        """Take stock after a whole forward pass in training.
+
+        What was called before this process began is known from a checkpoint.
+        """
+        if len(self.idle) != self._noted:
+            self._noted = len(self.idle)
+            idle = torch.zeros(len(self.names), dtype=torch.bool)
+            idle[list(self.idle)] = True
+            idle = idle.to(adapter.never_called.device)
+            known = idle if adapter.steps == 0 else adapter.never_called & idle
+            adapter.never_called.copy_(known)
+            self._tell(adapter, self._beside_called())
+        if adapter.steps == PATIENCE and self.idle - self._told:
+            self._tell(adapter, self.idle)
+
+    def _beside_called(self) -> set[int]:
+        """Idle layers whose own module did call another of its layers: it won't call them."""
+        called = {
+            name.rpartition(".")[0] for i, name in enumerate(self.names) if i not in self.idle
+        }
+        return {i for i in self.idle if self.names[i].rpartition(".")[0] in called}
+
+    def _tell(self, adapter: "HyperAdapter", layers: set[int]) -> None:
+        new = sorted(layers - self._told)
+        self._told |= layers
+        if new:
+            more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+            names = ", ".join(self.names[i] for i in new[:5]) + more
+            adapter.notices.warn(_TEXT.format(names))
