@@ -108,12 +108,16 @@ def _run(data: DataOptions, method: MethodOptions, run: RunOptions) -> int:
     before = finetune_model.ranks(model, method.method)
     if run.do_train:
         resumed = checkpoint if run.resume else run.resume_from_checkpoint
-        if resumed is not None:
-            finetune_model.expect_resumable(model, method.method, Path(resumed))
+        begins = finetune_model.Begins(model)
+        trainer.add_callback(begins)
         try:
             trainer.train(resume_from_checkpoint=resumed)
         except ImportError as error:  # what an option of TrainingArguments needs
             raise OptionsError(str(error)) from error
+        except Exception as error:
+            if begins.begun or resumed is None or isinstance(error, OptionsError):
+                raise
+            raise OptionsError(f"the run can't go on from {resumed}: {error}") from error
         _save(trainer, method.method, out)
     metrics = {}
     if run.do_eval:

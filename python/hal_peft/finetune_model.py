@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,17 +170,6 @@ def adapt(
         raise OptionsError(f"--method {options.method}: {error}") from error
 
 
-def expect_resumable(model: Any, method: str, checkpoint: Path) -> None:
-    """Raise OptionsError unless a checkpoint is there, and whole, and fits the adapted model."""
-    try:
-        if not checkpoint.is_dir():
-            raise FileNotFoundError("there is no such folder")
-        if method in ON_KERNELS:
-            hal_kernels.load_adapter(model, checkpoint)
-    except (OSError, TypeError, ValueError) as error:
-        raise OptionsError(f"the run can't go on from {checkpoint}: {error}") from error
-
-
 def hal_config(options: MethodOptions, total_steps: int, seed: int) -> hal_kernels.HALConfig:
     """The options of `hal_kernels.patch_model`."""
     values: dict[str, Any] = {
@@ -258,6 +246,26 @@ class AllocateRanks(TrainerCallback):
             if "lora_" in name and parameter.grad is None:  # of a layer that no batch has called
                 parameter.grad = torch.zeros_like(parameter)
         model.base_model.update_and_allocate(state.global_step + 1)
+
+
+class Begins(TrainerCallback):
+    """Notes that training begins: what went wrong before is of the checkpoint it goes on from.
+
+    Raises:
+        OptionsError: that checkpoint's adapter was made with other options than this run's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.begun = False
+        self.asked = model.hal.config if hasattr(model, "hal") else None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found = getattr(getattr(kwargs["model"], "hal", None), "config", self.asked)
+        for name in ("rank", "init_rank", "alpha", "dropout", "gamma", "interval"):
+            was, now = getattr(found, name, None), getattr(self.asked, name, None)
+            if was != now:
+                raise OptionsError(f"--{name} is {now}, and {was} in the run that is to go on")
+        self.begun = True
 
 
 def ranks(model: Any, method: str) -> dict[str, int]:

@@ -1,7 +1,9 @@
 """The fine-tuning command, end to end on tiny models."""
 
 import json
+import shutil
 
+import lifecycle
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -105,6 +107,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, finetune, bert_folder, r
         assert [entry.get(k) for k in kept] == [other.get(k) for k in kept]
 
 
+@pytest.fixture(scope="module")
+def finished_run(bert_folder, reviews, tmp_path_factory):
+    """(arguments, folder) of a run of two steps."""
+    from hal_peft.finetune import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = classification(bert_folder, reviews, "--eval-strategy", "no", "--use-cpu")
+    arguments += ("--max-steps", 2, "--save-steps", 2, "--disable-tqdm", "true")
+    with pytest.MonkeyPatch.context() as patch:
+        lifecycle.small_hypernets(patch)
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))
+        assert main([*map(str, arguments), "--output-dir", str(folder)]) == 0
+    return arguments, folder
+
+
 def test_a_run_is_not_overwritten(finetune, bert_folder, reviews, tmp_path, capsys):
     arguments = classification(bert_folder, reviews, "--output-dir", tmp_path / "out")
     assert finetune(*arguments, "--resume") == 2
@@ -112,6 +129,30 @@ def test_a_run_is_not_overwritten(finetune, bert_folder, reviews, tmp_path, caps
     assert finetune(*arguments) == 0
     assert finetune(*arguments) == 2
     assert "holds a run: --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "spoiled, more, message",
+    [
+        ("adapter-*.safetensors", [], "is damaged"),
+        ("trainer_state.json", [], "Expecting value"),
+        ("optimizer.pt", [], "can't go on from"),
+        ("nothing", ["--method", "adalora"], "the checkpoint was made with hypernet='bert'"),
+        ("nothing", ["--method", "lora"], "Can't find a valid checkpoint"),
+        ("nothing", ["--alpha", 3], "--alpha is 3.0, and 8.0 in the run that is to go on"),
+    ],
+)
+def test_checkpoints_that_cannot_be_gone_on_from(
+    spoiled, more, message, finetune, finished_run, tmp_path, capsys
+):
+    arguments, folder = finished_run
+    shutil.copytree(folder, tmp_path / "out")
+    for path in (tmp_path / "out" / "checkpoint-2").glob(spoiled):
+        if path.is_file():
+            path.write_bytes(b"spoiled")
+    more = ("--max-steps", 3, "--resume", *more)
+    assert finetune(*arguments, "--output-dir", tmp_path / "out", *more) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_tensorboard_has_both_parts_of_the_loss(finetune, bert_folder, reviews, tmp_path):
@@ -264,7 +305,7 @@ LONG = {"sentence": "very " * 70, "label": 1}
         ("roberta", {}, [{"sentence": "ä", "label": i} for i in (0, 1)], [], "but special tokens"),
         ("gpt2", {}, LABELLED, ["--output-dir", "model/config.json"], "--output_dir model/config"),
         ("gpt2", {}, LABELLED, ["--output-dir", "model/config.json/x"], "Not a directory"),
-        ("gpt2", {}, LABELLED, ["--resume-from-checkpoint", "no"], "go on from no: there is no"),
+        ("gpt2", {}, LABELLED, ["--resume-from-checkpoint", "no"], "can't go on from no: "),
         ("gpt2", {}, LABELLED, ["--method", "lora", "--alpha", 0], "alpha is 0.0, expected more"),
         (
             "gpt2", {}, LABELLED, ["--method", "adalora-peft", "--init-rank", 2],

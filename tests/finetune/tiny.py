@@ -47,7 +47,8 @@ FAMILIES = {
     "bart": ("BartForConditionalGeneration", BART),
     "t5": (
         "T5ForConditionalGeneration",
-        {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "decoder_start_token_id": 0},
+        {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+        | {"decoder_start_token_id": 0},
     ),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
     "llama": ("LlamaForCausalLM", SIZES | {"num_key_value_heads": 1}),
