@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from .patching import (
     expect_unpatched,
     owner_of,
     saved_modules,
+    shortened,
 )
 from .stepping import torch_optimizers
 from .targets import expect_usable
@@ -57,6 +59,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             write there. Nothing was written then.
     """
     adapter, folder = enabled_adapter(model), folder_path(path, to_write=True)
+    _warn_of_unsaved(model, adapter)
     own = adapter.state_dict()
     expect_finite(_without_progress(own), "the adapter")
     tensors = {f"{ATTRIBUTE}.{key}": value for key, value in own.items()}
@@ -81,6 +84,19 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for old in folder.glob("adapter-*.safetensors"):
             if old.name != file and _TENSOR_NAME.fullmatch(old.name):
                 old.unlink(missing_ok=True)
+
+
+def _warn_of_unsaved(model: nn.Module, adapter: HyperAdapter) -> None:
+    """Warn of what the user trains beside the adapter and what is not saved with it."""
+    saved = {id(p) for _, module in saved_modules(model) for p in module.parameters()}
+    saved |= {id(p) for p in adapter.parameters()}
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    if others:
+        warnings.warn(
+            f"hal_kernels: {shortened(others)}: trained, and not saved with the adapter; save them "
+            "yourself, or name the modules that hold them in modules_to_save",
+            stacklevel=3,
+        )
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

@@ -130,3 +130,11 @@ def test_a_new_head_that_is_left_out_is_told_of(base):
     other.register_parameter("lone", torch.nn.Parameter(torch.randn(3)))
     with unchanged(other), pytest.raises(UserWarning, match=r"lone: not in the checkpoint"):
         hal_kernels.patch_model(other, 2, hypernet="direct")
+
+
+def test_what_the_user_trains_besides_is_told_of_when_it_is_not_saved(tmp_path):
+    model = hal_kernels.patch_model(models.bert(), 2, hypernet="direct")
+    model.bert.embeddings.LayerNorm.requires_grad_(True)
+    message = r"embeddings\.LayerNorm\.weight, .*LayerNorm\.bias: trained, and not saved"
+    with pytest.warns(UserWarning, match=message):
+        hal_kernels.save_adapter(model, tmp_path)
