@@ -12,7 +12,7 @@ Work over all layers is a constant number of torch calls, however many layers th
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ from .threads import PerThread
 # State of a step under way, with its value in between. Never saved, never copied.
 _TRANSIENT: dict[str, Any] = {
     "_stray": None, "_recent": None, "_cache": None, "_last_views": None, "_step_begins": True,
-    "last_penalty": None, "shared": False, "patched": None,
+    "last_penalty": None, "shared": False, "replicated": frozenset(), "placed": False,
+    "patched": None,
 }  # fmt: skip
 
 _Probed = adder(1.0, copies=True)
@@ -78,6 +79,8 @@ class HyperAdapter(State):
     _last_views: list[LayerFactors] | None  # the same, for layers run again by checkpointing
     process_group: Any = None  # of those that train this together; None: the default group, if any
     shared: bool  # every process has the first one's state
+    replicated: Set[int]  # ids of the parameters whose gradients `replicate` averages
+    placed: bool  # everything was on one device when last looked at
     patched: weakref.ref[nn.Module] | None  # the model whose passes this adapter takes part in
     last_penalty: torch.Tensor | None  # γ·penalty in the last training forward's loss, if any
     _step_begins: bool  # the next pass with gradients is an accumulation window's first
@@ -140,6 +143,7 @@ class HyperAdapter(State):
             sums = [fn(t) for t in self._alignment.sums]
             self._make_alignment()
             torch._foreach_copy_(self._alignment.sums, sums)
+        self.placed = False
         return self
 
     # -- forward ---------------------------------------------------------------------------------
@@ -403,7 +407,7 @@ class HyperAdapter(State):
     def forget(self) -> None:
         """Drop what belongs to a pass: the next forward begins a new step."""
         self._stray = self._recent = self._cache = self._last_views = None
-        self._step_begins = True
+        self._step_begins, self.placed = True, False
 
     def watched(self) -> Packed:
         """The leaves whose gradients are those of the factors (of Λ alone unless "ema").
