@@ -16,7 +16,7 @@ from .patching import find_adapter
 def replicate(model: nn.Module, *, process_group: Any = None) -> set[nn.Parameter]:
     """Let every process hold everything that trains, and average its gradients over all of them.
 
-    For FSDP2, which then shards the frozen base alone::
+    For FSDP, which then shards the frozen base alone (FSDP1: ``ignored_states=list(whole)``)::
 
         hal_kernels.patch_model(model, rank=3)
         whole = hal_kernels.replicate(model)
@@ -48,6 +48,7 @@ def replicate(model: nn.Module, *, process_group: Any = None) -> set[nn.Paramete
     for parameter in parameters:
         dist.broadcast(parameter.data, first, group=process_group)
         parameter.register_post_accumulate_grad_hook(_Average(adapter))
+    adapter.replicated = {id(parameter) for parameter in adapter.parameters()}
     return set(parameters)
 
 

@@ -14,6 +14,7 @@ from .config import HALConfig, unknown_options
 from .nn.adapter import HyperAdapter
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, HALLinear, LayerSlot, adapted_class, linear_widths
+from .nn.setting import expect_supported
 from .nn.shared_input import SharedInput, find_groups
 from .stepping import watch
 from .targets import is_transformers, saved_module_names, target_layers, untrained_names
@@ -341,6 +342,7 @@ class _Opening(_Hook):
     def __call__(self, model: nn.Module, args: Any) -> None:
         adapter = self.adapter
         if not torch.compiler.is_compiling() and not adapter.disabled:
+            expect_supported(model, adapter)
             adapter.patched = weakref.ref(model)
             if adapter.step_begins:
                 for group in self.groups:

@@ -220,6 +220,31 @@ def test_steps_without_the_penalty_are_warned_of():
     assert len(caught) == 1 and caught[0].filename == train.__code__.co_filename
 
 
+# ---- devices -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["hal", "mask", "importance_lam", "uncertainty_q_16"])
+@pytest.mark.parametrize("hypernet", HYPERNETS)
+def test_an_adapter_apart_from_its_layers_is_refused(hypernet, name):
+    """At the next forward, also in training: operators would read where nothing is."""
+    model = patched_net(hypernet, allocation="ema")
+    train(model, adam(model), batches(model, 1))
+    if name == "hal":
+        model.hal.to("meta")
+    else:
+        setattr(model.hal, name, getattr(model.hal, name).to("meta"))
+    with pytest.raises(
+        RuntimeError, match=r"on (cpu and )?meta, the layers .* on cpu, expected one"
+    ):
+        model(**models.batch(model))
+
+
+def test_data_parallel_replicas_are_refused():
+    replica = patched_net("direct")._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        replica(**models.batch(replica))
+
+
 # ---- outputs that carry the loss ---------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ Work over all layers is a constant number of torch calls, however many layers th
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ from .threads import Pass, PerThread
 # State of a step under way, with its value in between. Never saved, never copied.
 _TRANSIENT: dict[str, Any] = {
     "_stray": None, "_recent": None, "_cache": None, "_last_views": None, "_step_begins": True,
-    "last_penalty": None, "shared": False, "patched": None, "_taken": None,
+    "last_penalty": None, "shared": False, "replicated": frozenset(), "placed": False,
+    "patched": None, "taken": None,
 }  # fmt: skip
 
 _Probed = adder(1.0, copies=True)
@@ -71,9 +72,11 @@ class HyperAdapter(State):
     _cache: tuple[Any, Generation] | None  # versions and generation, without a graph
     _recent: Packed | None  # values generated last in this step, for the state
     _last_views: list[LayerFactors] | None  # the same, for layers run again by checkpointing
-    _taken: Taken | None  # update="spectral": what the optimizer under way was kept from
+    taken: Taken | None  # update="spectral": what the optimizer under way was kept from
     process_group: Any = None  # of those that train this together; None: the default group, if any
     shared: bool  # every process has the first one's state
+    replicated: Set[int]  # ids of the parameters whose gradients `replicate` averages
+    placed: bool  # everything was on one device when last looked at
     patched: weakref.ref[nn.Module] | None  # the model whose passes this adapter takes part in
     last_penalty: torch.Tensor | None  # γ·penalty in the last training forward's loss, if any
     _step_begins: bool  # the next pass with gradients is an accumulation window's first
@@ -139,6 +142,7 @@ class HyperAdapter(State):
             sums = [fn(t) for t in self._alignment.sums]
             self._make_alignment()
             torch._foreach_copy_(self._alignment.sums, sums)
+        self.placed = False
         return self
 
     # -- forward ---------------------------------------------------------------------------------
@@ -377,7 +381,7 @@ class HyperAdapter(State):
         expect_shared(self)
         self.skip_if_nonfinite(p for group in optimizer.param_groups for p in group["params"])
         if self.config.spectral and self._has_gradient():
-            self._taken = Taken(self, optimizer)
+            self.taken = Taken(self, optimizer)
 
     def skip_if_nonfinite(self, parameters: Iterable[torch.Tensor] = ()) -> None:
         """Drop all gradients if one of them is NaN or Inf, so that nothing is stepped by them.
@@ -400,7 +404,7 @@ class HyperAdapter(State):
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         """Advance the factors and allocate ranks, once per optimizer step that had gradients."""
-        recent, taken = self._recent, self._taken
+        recent, taken = self._recent, self.taken
         moved = self._has_gradient() and self.watched().lam.grad is not None
         moved = taken is not None or moved
         if moved and recent is not None:  # else there was nothing to step
@@ -420,22 +424,14 @@ class HyperAdapter(State):
                 allocate(self)
                 if taken is not None:
                     advance(self, taken)
-        self._taken = None
+        self.taken = None
         self._clear_probes()
         self.forget()
 
     def forget(self) -> None:
         """Drop what belongs to a pass: the next forward begins a new step."""
         self._stray = self._recent = self._cache = self._last_views = None
-        self._step_begins = True
-
-    def lam_gradient(self) -> torch.Tensor:
-        """dΛ_eff of the step under way ``[R]``."""
-        if self._taken is not None:
-            return self._taken.lam_gradient(self)
-        gradient = self.watched().lam.grad
-        assert gradient is not None  # or there would be no step
-        return gradient
+        self._step_begins, self.placed = True, False
 
     def watched(self) -> Packed:
         """The leaves whose gradients are those of the factors (of Λ alone unless "ema").

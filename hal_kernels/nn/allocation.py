@@ -143,7 +143,16 @@ def _scores(adapter: "HyperAdapter") -> torch.Tensor:
         scores = adapter.lam.detach().abs()
         average_([scores], adapter.process_group)
     else:
-        scores = adapter.lam.detach() * adapter.lam_gradient()
+        scores = adapter.lam.detach() * lam_gradient(adapter)
         average_([scores], adapter.process_group)
         scores = scores.abs()
     return scores if kept is None else scores.masked_fill_(kept == 0, -torch.inf)
+
+
+def lam_gradient(adapter: "HyperAdapter") -> torch.Tensor:
+    """dΛ_eff of the optimizer step under way ``[R]``."""
+    if adapter.taken is not None:
+        return adapter.taken.lam_gradient(adapter)
+    gradient = adapter.watched().lam.grad
+    assert gradient is not None  # or there would be no step
+    return gradient

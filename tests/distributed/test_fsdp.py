@@ -1,11 +1,13 @@
-"""FSDP2: the frozen base sharded, what trains held whole by every process."""
+"""FSDP: the frozen base sharded, what trains held whole by every process; else it is refused."""
 
 import models
 import pytest
 import torch
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from training import assert_close, trainable
 
 import hal_kernels
@@ -40,13 +42,19 @@ def shard(model, world):
     return model
 
 
-def train(model, optimizer, first, last, rank, world):
+def shard_flat(model, **options):
+    """FSDP1."""
+    options |= {"use_orig_params": True, "device_id": torch.device("cpu")}
+    return FullyShardedDataParallel(model, **options)
+
+
+def train(model, optimizer, first, last, rank, world, wrapped=None):
     losses = []
     for index in range(first, last):
         inputs = models.batch(model, ROWS, seed=index)
         share = ROWS // world
         mine = {k: v[rank * share : (rank + 1) * share] for k, v in inputs.items()}
-        loss = models.loss_of(model(**mine))
+        loss = models.loss_of((wrapped or model)(**mine))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -76,7 +84,43 @@ def in_processes(rank, world, folder):
         again = shard(hal_kernels.load_adapter(base(), f"{folder}/{kind}"), world)
         rest = train(again, optimizer_of(again), BEFORE, STEPS, rank, world)
         found[kind, "loaded"] = rest, state(again)
+        flat = patched(kind)
+        wrapped = shard_flat(flat, ignored_states=list(hal_kernels.replicate(flat)))
+        found[kind, "FSDP1"] = (
+            train(flat, optimizer_of(flat), 0, STEPS, rank, world, wrapped),
+            state(flat),
+        )
+        found[kind, "refused"] = refused(kind, world)
     return found
+
+
+def refused(kind, world):
+    """What the first forward pass raises, by how the model is wrapped."""
+    mesh = init_device_mesh("cpu", (world,))
+    wraps = {
+        "FSDP1, adapter left out": lambda m: shard_flat(m, ignored_modules=[m.hal]),
+        "FSDP1": shard_flat,
+        "FSDP2": lambda m: fully_shard(m, mesh=mesh),
+        "FSDP2, blocks alone": lambda m: [fully_shard(b, mesh=mesh) for b in m.model.layers],
+        "FSDP2 that shards what is replicated": lambda m: (
+            hal_kernels.replicate(m) and fully_shard(m, mesh=mesh)
+        ),
+        "Join": DistributedDataParallel,
+    }
+    messages = {}
+    for how, wrap in wraps.items():
+        model = patched(kind)
+        made = wrap(model)
+        wrapped = made if isinstance(made, torch.nn.Module) else model
+        try:
+            if how == "Join":
+                with Join([wrapped]):
+                    wrapped(**models.batch(model, 2))
+            else:
+                wrapped(**models.batch(model, 2))
+        except RuntimeError as error:
+            messages[how] = str(error)
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +134,20 @@ def test_the_base_is_sharded_and_the_rest_is_whole(kind, ranks):
     assert ranks[0][kind, "sharded"] == {n for n in names if not n.startswith("hal.")}
 
 
+@pytest.mark.parametrize("how", ["FSDP2", "FSDP1"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_state_equal_one_process(kind, ranks, monkeypatch):
+def test_losses_and_state_equal_one_process(kind, how, ranks, monkeypatch):
     monkeypatch.setattr(hypernet, "HIDDEN", 24)
     monkeypatch.setattr(hypernet, "INNER", 32)
     model = patched(kind)
     losses = train(model, optimizer_of(model), 0, STEPS, 0, 1)
-    means = torch.tensor([rank[kind][0] for rank in ranks]).double().mean(0)
+    results = [rank[kind if how == "FSDP2" else (kind, how)] for rank in ranks]
+    means = torch.tensor([found for found, _ in results]).double().mean(0)
     # transformers takes this loss of logits in float32: rounding of sums in another order
     torch.testing.assert_close(means.tolist(), losses, rtol=1e-6, atol=0)
-    for rank in ranks:
-        assert_close(rank[kind][1], state(model), 1e-5)
-        assert torch.equal(rank[kind][1]["mask"], model.hal.mask)
+    for _, found in results:
+        assert_close(found, state(model), 1e-5)
+        assert torch.equal(found["mask"], model.hal.mask)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,6 +158,17 @@ def test_a_saved_adapter_goes_on_equally(kind, ranks):
         assert rest == losses[BEFORE:]
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_would_part_or_hang_is_refused(kind, ranks):
+    """In the first forward pass, by what to do instead: nothing was sent or trained before."""
+    for rank in ranks:
+        messages = dict(rank[kind, "refused"])
+        assert "the same number of batches" in messages.pop("Join")
+        assert len(messages) == 5
+        for message in messages.values():
+            assert "DistributedDataParallel, or call hal_kernels.replicate(model)" in message
 
 
 def test_replicate_needs_processes():
