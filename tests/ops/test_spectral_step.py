@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hal_kernels.ops.spectral_step import Layer, msign, spectral_step_reference
+from hal_kernels.ops.spectral_step import Layer, batched, msign, spectral_step_reference
 
 from .spectral_cases import (
     EQUAL,
@@ -17,7 +17,7 @@ from .spectral_cases import (
     orthonormal,
     update,
 )
-from .util import assert_same, relative_error
+from .util import assert_same, count_calls, relative_error
 
 BOUND = {torch.float32: 2e-6, torch.float64: 1e-11}
 LAYERS = {"equal": EQUAL, "ragged": RAGGED, "alone": [(5, 7, 2)], "one": [(1, 1, 1), (3, 1, 1)]}
@@ -295,6 +295,22 @@ def test_opcheck(layers):
     where = (list(slots.rows), list(slots.offsets), *slots.counts, *slots.sizes, slots.max_rank)
     arguments = (p, case.lam, q, *rest, some_of(len(case.lam)), *numbers, 0.9, *where)
     torch.library.opcheck(torch.ops.hal.spectral_step_.default, arguments)
+
+
+@pytest.mark.parametrize("layers", ["equal", "ragged"])
+def test_blocks_of_matrices(monkeypatch, layers):
+    """Two matrices at a time, or one that is more than a block."""
+    for block in (300, 1):
+        monkeypatch.setattr(batched, "BLOCK", block)
+        check(make(LAYERS[layers] * 3, torch.float64), eta=0.3)
+
+
+def test_many_layers_take_as_many_calls_as_few():
+    counts = []
+    for layers in (EQUAL, EQUAL * 5):
+        case = make(layers)
+        counts.append(count_calls(lambda: case.step(eta=0.1)))  # noqa: B023
+    assert counts[0] == counts[1]
 
 
 def test_no_rows_and_no_layers():

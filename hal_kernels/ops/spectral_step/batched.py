@@ -6,12 +6,50 @@ packed tensors are read once for Gram matrices ``[2r, 2r]`` and once to be multi
 all between is small (`solve`). It is done in float64: a Gram matrix squares condition numbers.
 
 Ranks are padded to the largest one: a padded row is a direction of its own that nothing leads to.
+On a CPU, where ranks are equal, matrices come in blocks that stay in the cache.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..ragged import Slots, pad, unpad
 from .solve import solve
+
+BLOCK = 2**17  # numbers of [P; m] at a time, of 8 bytes
+
+
+class Block:
+    """Some matrices of one width: their layers, offsets in `tensors`, and rank when padded."""
+
+    def __init__(
+        self, layers: torch.Tensor, offsets: torch.Tensor, tensors: list[torch.Tensor], rank: int
+    ) -> None:
+        self.layers, self.offsets, self.tensors, self.rank = layers, offsets, tensors, rank
+
+    def stacked(self, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """[P; βm + L], ``[G, 2r, d]`` float64, and L ``[G, r, d]``."""
+        factor, momentum, gradient = (self.padded(t) for t in self.tensors)
+        shape = (len(factor), 2 * self.rank, factor.shape[2])
+        stacked = factor.new_empty(shape, dtype=torch.float64)
+        stacked[:, : self.rank] = factor
+        torch.add(gradient, momentum, alpha=beta, out=stacked[:, self.rank :])
+        return stacked, gradient
+
+    def padded(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) == 0:
+            return rows.new_zeros(len(self.offsets) - 1, self.rank, rows.shape[1])
+        return pad(rows, self.offsets, self.rank)
+
+    def write(self, transforms: torch.Tensor, beta: float, active: torch.Tensor | None) -> None:
+        """P⁺ and m⁺ to the packed rows: of the matrices of active layers, or of all."""
+        factor, momentum, _ = self.tensors
+        if len(factor) > 0:
+            r, (stacked, _) = self.rank, self.stacked(beta)
+            transforms = transforms[self.layers]
+            active = None if active is None else active[self.layers, :, None]
+            write(factor, transforms[:, :r] @ stacked, active, self.offsets)
+            write(momentum, transforms[:, r:, r:] @ stacked[:, r:], active, self.offsets)
 
 
 class Side:
@@ -28,29 +66,29 @@ class Side:
         self.place = torch.zeros(n + 1, dtype=torch.int64, device=layer.device)
         """For each layer its matrix."""
         self.place = self.place.scatter_(0, layer, torch.arange(n, device=layer.device))[:-1]
-        self.counts, self.max_rank = slots.counts[side], slots.max_rank
+        self.count, self.max_rank = slots.counts[side], slots.max_rank
+        self.size = slots.sizes[side]
         self.offsets = []  # of each width's matrices, in its own rows
         first = at = 0
-        for count, size in zip(self.counts, slots.sizes[side], strict=True):
+        for count, size in zip(self.count, self.size, strict=True):
             self.offsets.append(offsets[at : at + count + 1] - first)
             first, at = first + size, at + count
 
-    def pad(self, rows: torch.Tensor, width: int) -> torch.Tensor:
-        """``[R_w, d]`` -> ``[G_w, r, d]``."""
-        if rows.shape[0] == 0:
-            return rows.new_zeros(self.counts[width], self.max_rank, rows.shape[1])
-        return pad(rows, self.offsets[width], self.max_rank)
-
-    def stacked(
-        self, factor: torch.Tensor, momentum: torch.Tensor, gradient: torch.Tensor, beta: float,
-        width: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """[P; βm + L] of one width, ``[G_w, 2r, d]`` float64, and Σ|L| of each ``[G_w]``."""
-        r, gradient = self.max_rank, self.pad(gradient, width)
-        stacked = factor.new_empty(len(gradient), 2 * r, factor.shape[1], dtype=torch.float64)
-        stacked[:, :r] = self.pad(factor, width)
-        torch.add(gradient, self.pad(momentum, width), alpha=beta, out=stacked[:, r:])
-        return stacked, gradient.flatten(1).abs().sum(1, dtype=torch.float64)
+    def blocks(self, tensors: Sequence[Sequence[torch.Tensor]]) -> Iterator[Block]:
+        """Some matrices at a time of each width: `tensors` are lists by width."""
+        first = 0
+        for width, own in enumerate(zip(*tensors, strict=True)):
+            count, size, r = self.count[width], self.size[width], self.max_rank
+            whole = size == count * r and own[0].is_cpu
+            step = max(1, BLOCK // (2 * r * own[0].shape[1])) if whole else max(1, count)
+            for begin in range(0, count, step):
+                end = min(begin + step, count)
+                rows = slice(begin * r, end * r) if whole else slice(0, size)
+                yield Block(
+                    self.layer[first + begin : first + end],
+                    self.offsets[width][begin : end + 1], [t[rows] for t in own], r,
+                )  # fmt: skip
+            first += count
 
 
 def step_(
@@ -69,51 +107,41 @@ def step_(
     beta: float,
 ) -> torch.Tensor:
     """`spectral_step_`, of checked arguments."""
-    sides = (Side(slots, 0), Side(slots, 1))
-    factors, momenta, gradients = (p, q), (momentum_p, momentum_q), (gradient_p, gradient_q)
-    stacks: list[list[torch.Tensor]] = []
-    grams, totals = [], []
-    for i, side in enumerate(sides):
-        own = [
-            side.stacked(*tensors, beta, width)
-            for width, tensors in enumerate(zip(factors[i], momenta[i], gradients[i], strict=True))
-        ]
-        stacks.append([stack for stack, _ in own])
-        grams.append(torch.cat([stack @ stack.mT for stack in stacks[i]])[side.place])
-        totals.append(torch.cat([total for _, total in own])[side.place])
-    total, eta, scaling, decay = totals[0] + totals[1], *(t.double() for t in (eta, scaling, decay))
-    offsets, r = slots.offsets[1], slots.max_rank
+    sides, grams, totals = [], [], []
+    for i, tensors in enumerate(((p, momentum_p, gradient_p), (q, momentum_q, gradient_q))):
+        side = Side(slots, i)
+        blocks, gram, total = [*side.blocks(tensors)], [], []
+        for block in blocks:
+            stacked, gradient = block.stacked(beta)
+            gram.append(stacked @ stacked.mT)
+            total.append(gradient.flatten(1).abs().sum(1, dtype=torch.float64))
+        sides.append(blocks)
+        grams.append(torch.cat(gram)[side.place])
+        totals.append(torch.cat(total)[side.place])
+    total_of, offsets, r = totals[0] + totals[1], slots.offsets[1], slots.max_rank
+    eta, scaling, decay = (t.double() for t in (eta, scaling, decay))
     real = torch.arange(r, device=lam.device) < offsets.diff()[:, None]
     kept = real if mask is None else real & (pad(mask, offsets, r) > 0)
     values = torch.where(kept, pad(lam, offsets, r), 0.0).double()
     small = solve(
         torch.stack(grams), values * scaling[:, None], real, kept, eta, decay,
-        total.isfinite() & (total > 0),
+        total_of.isfinite() & (total_of > 0),
     )  # fmt: skip
     # Most often all move: then nothing old is to be kept.
     active = None if small.active.all() else small.active[:, None]
-    _write(lam, torch.where(kept, small.values / scaling[:, None], 0.0), active, offsets)
-    for i, side in enumerate(sides):
-        of_width = zip(
-            stacks[i], side.layer.split(side.counts), factors[i], momenta[i], side.offsets,
-            strict=True,
-        )  # fmt: skip
-        for stack, layers, factor, momentum, rows in of_width:
-            if len(factor) > 0:
-                transform = small.transforms[i][layers]
-                move = None if active is None else active[layers, :, None]
-                _write(factor, transform[:, :r] @ stack, move, rows)
-                _write(momentum, transform[:, r:, r:] @ stack[:, r:], move, rows)
+    write(lam, torch.where(kept, small.values / scaling[:, None], 0.0), active, offsets)
+    for blocks, transforms in zip(sides, small.transforms, strict=True):
+        for block in blocks:
+            block.write(transforms, beta, active)
     return small.candidates.to(lam.dtype)
 
 
-def _write(
+def write(
     to: torch.Tensor, padded: torch.Tensor, active: torch.Tensor | None, offsets: torch.Tensor
 ) -> None:
     """Padded rows to packed ones: of those matrices that are active ``[G, 1, …]``; None: of all."""
     new = unpad(padded, offsets, len(to))
     if active is not None:
-        new = torch.where(
-            unpad(active.expand(padded.shape), offsets, len(to)), new.to(to.dtype), to
-        )
+        moved = unpad(active.expand(padded.shape), offsets, len(to))
+        new = torch.where(moved, new.to(to.dtype), to)
     to.copy_(new)
