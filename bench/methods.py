@@ -19,7 +19,10 @@ from .common import Clock
 from .models import Base
 
 METHODS = ("frozen", "floor", "lora", "adalora", "hal-direct", "hal-hyper")
-ALL_METHODS = ("frozen", "floor", "lora", "dora", "adalora", "hal-direct", "hal-hyper")
+ALL_METHODS = (
+    "frozen", "floor", "lora", "dora", "adalora", "hal-direct", "hal-spectral", "hal-hyper",
+)  # fmt: skip
+STEP_METHODS = tuple(name for name in ALL_METHODS if name != "dora")
 HYPER_PEFT = ("hyper-lora", "hyper-dora", "hyper-dylora")  # bench.hyper_peft
 RANK, INIT_RANK, INTERVAL, ALPHA = 3, 5, 10, 8
 WARMUP = STEPS + 1  # hal-hyper's first steps choose directions, at another cost
@@ -91,6 +94,8 @@ def build(
             "hypernet": "direct", "penalty": "frobenius", "allocation": "ema",
             "schedule": "cubic", "total_step": total_step, "tfinal": tfinal,
         }  # fmt: skip
+    elif name == "hal-spectral":
+        options = {"update": "spectral"}
     return hal_kernels.patch_model(
         model, rank, init_rank=init_rank, alpha=ALPHA, targets=targets, interval=interval, seed=0,
         modules_to_save=(head,) if head else (), **options,

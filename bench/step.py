@@ -18,7 +18,7 @@ from rich.table import Table
 
 from .common import append_row, parser
 from .least import least_ms
-from .methods import METHODS, WARMUP
+from .methods import STEP_METHODS, WARMUP
 from .models import roberta_base
 from .training_step import PHASES, measure, memory_of
 
@@ -85,10 +85,15 @@ def main() -> int:
     console, misses = Console(), []
     for batch in arguments.batch:
         results = measure(
-            roberta_base(), METHODS, batch, arguments.length, arguments.repeats, arguments.warmup
+            roberta_base(),
+            STEP_METHODS,
+            batch,
+            arguments.length,
+            arguments.repeats,
+            arguments.warmup,
         )
         if not arguments.quick:
-            for name in METHODS:
+            for name in STEP_METHODS:
                 results[name] |= memory_of(name, batch, arguments.length)
         console.print(table(results, batch, arguments.length))
         if not arguments.no_save:

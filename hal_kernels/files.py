@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import glob
 import os
 import shutil
@@ -61,6 +60,8 @@ def held(folder: Path, names: Sequence[str]) -> Iterator[bool]:
     Yields:
         Whether the lock is held.
     """
+    import fcntl  # which Windows lacks, where the package is imported too
+
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:

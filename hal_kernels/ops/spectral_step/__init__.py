@@ -109,6 +109,8 @@ def spectral_step_(
         *changed, *map(list, gradients), mask, *numbers, float(beta),
         list(slots.rows), list(slots.offsets), *slots.counts, *slots.sizes, slots.max_rank,
     )  # fmt: skip
+    for tensor in (*p, lam, *q, *momentum_p, *momentum_q):  # Triton writes past torch's own count
+        torch.autograd.graph.increment_version(tensor)
     return candidates
 
 
