@@ -67,6 +67,7 @@ class HyperAdapter(State):
     offsets_q: torch.Tensor
     layer_scalings: torch.Tensor  # update="spectral": s of each layer, and of each direction
     row_scalings: torch.Tensor
+    layer_rates: torch.Tensor  # update="spectral": η of each layer at a learning rate of 1
 
     _stray: tuple[Any, Generation] | None  # versions and generation: layers called by themselves
     _cache: tuple[Any, Generation] | None  # versions and generation, without a graph

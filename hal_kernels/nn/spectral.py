@@ -21,19 +21,24 @@ if TYPE_CHECKING:
 TANGENT = 2.0**-24
 """c. K and L are far larger than dP and dQ; so small they take no part in clipping by the norm."""
 
-RATE = 20.0
-"""η over the optimizer's learning rate, so that a rate of 1e-3 suits adapter and head alike."""
+RATE = 0.8
+"""η of a layer over the optimizer's learning rate and √max(d_in, d_out), so that a rate of 1e-3
+suits adapter and head alike. A step of norm √max has elements of one size in layers of all shapes."""
 
 BETA = 0.9
 
 
 def register_scalings(adapter: "HyperAdapter") -> None:
-    """Give the adapter s of each layer ``[n]`` and of each direction ``[R]``, on its device."""
+    """Give the adapter, on its device, s of each layer ``[n]`` and of each direction ``[R]``, and
+    what each layer's η is at a learning rate of 1 ``[n]``."""
     like = {"dtype": adapter.mask.dtype, "device": adapter.mask.device}
-    layers = torch.tensor(adapter.scalings, **like)  # type: ignore[arg-type]
+    scalings = torch.tensor(adapter.scalings, **like)  # type: ignore[arg-type]
+    widths = [max(spec.d_in, spec.d_out) for spec in adapter.layout.layers]
+    rates = RATE * torch.tensor(widths, **like).sqrt()  # type: ignore[arg-type]
     ranks = torch.tensor(adapter.layout.ranks, device=adapter.mask.device)
-    adapter.register_buffer("layer_scalings", layers, persistent=False)
-    adapter.register_buffer("row_scalings", layers.repeat_interleave(ranks), persistent=False)
+    adapter.register_buffer("layer_scalings", scalings, persistent=False)
+    adapter.register_buffer("row_scalings", scalings.repeat_interleave(ranks), persistent=False)
+    adapter.register_buffer("layer_rates", rates, persistent=False)
 
 
 class Taken:
@@ -82,10 +87,17 @@ def _options(adapter: "HyperAdapter", optimizer: torch.optim.Optimizer) -> tuple
 
 @torch.no_grad()
 def advance(adapter: "HyperAdapter", taken: Taken) -> None:
-    """One spectral step of every layer."""
-    packed, momenta = adapter.packed(), adapter.momenta()
+    """One spectral step of every layer.
+
+    Gradients of all layers together have norm 1 in the momenta, so that no step weighs more there
+    for a loss that is scaled, or less for gradients that were clipped.
+    """
+    packed, momenta, gradients = adapter.packed(), adapter.momenta(), taken.gradients
+    both = [*gradients.p, *gradients.q]
+    norm = torch.nn.utils.get_total_norm(both)
+    torch._foreach_div_(both, norm.clamp_min(torch.finfo(norm.dtype).tiny))
     spectral_step_(
-        packed.p, packed.lam, packed.q, momenta.p, momenta.q, taken.gradients.p, taken.gradients.q,
-        adapter.slots, eta=RATE * taken.rate, scaling=adapter.layer_scalings, beta=BETA,
-        decay=1.0 - taken.rate * taken.decay, mask=adapter.mask,
+        packed.p, packed.lam, packed.q, momenta.p, momenta.q, gradients.p, gradients.q,
+        adapter.slots, eta=taken.rate * adapter.layer_rates, scaling=adapter.layer_scalings,
+        beta=BETA, decay=1.0 - taken.rate * taken.decay, mask=adapter.mask,
     )  # fmt: skip
