@@ -23,7 +23,7 @@ TANGENT = 2.0**-24
 
 RATE = 0.8
 """η of a layer over the optimizer's learning rate and √max(d_in, d_out), so that a rate of 1e-3
-suits adapter and head alike. A step of norm √max has elements of one size in layers of all shapes."""
+suits adapter and head alike. Elements of such a step are of one size in layers of all shapes."""
 
 BETA = 0.9
 
