@@ -252,6 +252,22 @@ def test_a_group_whose_outputs_are_all_used_is_kept(reads):
     assert_computes(model, x_of(), together=True)
 
 
+def test_a_group_is_kept_when_an_optimizer_step_comes_between():
+    """Another thread's, while this one evaluates: what was left over says nothing of the layers."""
+    model = patched()
+
+    def reads(self, x):
+        q = self.query(x)
+        model.hal.lam.mul_(1.0)
+        return q + self.key(x) * self.value(x)
+
+    model.reads = reads
+    with torch.no_grad():
+        model(x_of())
+        model(x_of())
+    assert not groups_of(model)[0].given_up
+
+
 def test_given_up_without_gradients_too():
     model = patched()
     model.reads = cross

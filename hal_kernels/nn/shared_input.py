@@ -72,6 +72,12 @@ class _Waiting:
             return self.outputs.pop(index)
         return None
 
+    @property
+    def left_over(self) -> bool:
+        """Whether outputs were not asked for; not so if weights or factors have changed since."""
+        tensors = itertools.chain.from_iterable(self.keys)
+        return bool(self.outputs) and all(version == _version(t) for t, version in tensors)
+
 
 class _Call:
     """The call of a group under way in a thread."""
@@ -139,7 +145,7 @@ class SharedInput:
     def _drop(self) -> None:
         call = self._calls.mine
         waiting, call.waiting = call.waiting, None
-        if waiting is not None and waiting.outputs:
+        if waiting is not None and waiting.left_over:
             self._left_over = True
 
     def begin_step(self) -> None:
@@ -186,7 +192,11 @@ def _key(layer: Adapted, factors: LayerFactors) -> tuple[Any, ...]:
     tensors = [layer.weight, *factors]
     if layer.bias is not None:
         tensors.append(layer.bias)
-    return tuple((t, 0 if t.is_inference() else t._version) for t in tensors)
+    return tuple((t, _version(t)) for t in tensors)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
