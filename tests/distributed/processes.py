@@ -36,6 +36,8 @@ def run(function: Any, world: int, *arguments: Any) -> list[Any]:
     found: dict[int, tuple[bool, Any]] = {}
     try:
         for _ in processes:
+            # One that died told nothing, and the others wait for it no longer than this.
+            assert results._reader.poll(2 * SECONDS), f"only {sorted(found)} of {world} answered"
             rank, fine, value = pickle.loads(results.get())
             found[rank] = (fine, value)
     finally:
