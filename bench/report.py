@@ -104,6 +104,25 @@ def _seconds(members: list[Row], target: float) -> str:
     return f"{statistics.fmean(sum(seconds[:step]) for step, seconds in clocks):.1f}"
 
 
+def spectral_trials(task: str) -> str:
+    """Prototypes of the spectral update: loss at the end, best first."""
+    found = sorted(rows("spectral_trials", task=task), key=lambda row: row["held_out"])
+    body = [
+        [
+            row["method"],
+            row["width"] or "–",
+            f"{row['lr']:g}",
+            ", ".join(str(reached(row["losses"], t) or "–") for t in TARGETS)
+            if task == "sst2"
+            else f"{statistics.fmean(row['losses'][-12:]):.3f}",
+            f"{row['held_out']:.4f}",
+        ]
+        for row in found
+    ]
+    training = "steps to 0.5, 0.45, 0.4" if task == "sst2" else "training loss, last 12 steps"
+    return markdown(["update", "η times", "η", training, "held-out loss"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "paper": pages.beside_the_paper,
     "launches-roberta": lambda: launches("roberta"),
@@ -127,6 +146,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "convergence-width-1024": lambda: convergence(model="MiniLM-L6-d1024"),
     "convergence-width-1152": lambda: convergence(model="MiniLM-L6-d1152"),
     "convergence-long": lambda: convergence(steps=2000),
+    "spectral-gsm8k": lambda: spectral_trials("gsm8k"),
+    "spectral-alpaca": lambda: spectral_trials("alpaca"),
+    "spectral-sst2": lambda: spectral_trials("sst2"),
     "communication": communication.table,
 }
 

@@ -27,6 +27,7 @@ from .nn.adapter import HyperAdapter
 from .nn.alignment import saved_steps
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, adapted_class, linear_widths
+from .nn.notices import shortened
 from .nn.tensors import replace_data
 from .patching import (
     ATTRIBUTE,
@@ -36,7 +37,6 @@ from .patching import (
     expect_unpatched,
     owner_of,
     saved_modules,
-    shortened,
 )
 from .stepping import torch_optimizers
 from .targets import expect_usable

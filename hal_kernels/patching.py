@@ -14,6 +14,7 @@ from .config import HALConfig, unknown_options
 from .nn.adapter import HyperAdapter
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, HALLinear, LayerSlot, adapted_class, linear_widths
+from .nn.notices import shortened
 from .nn.setting import expect_supported
 from .nn.shared_input import SharedInput, find_groups
 from .stepping import watch
@@ -317,12 +318,6 @@ def _owner(model: nn.Module) -> nn.Module:
     if any("_hal_merged" in module.__dict__ for module in model.modules()):
         raise ValueError("model is merged: call hal_kernels.unmerge(model) first")
     raise ValueError("model is not patched: call hal_kernels.patch_model(model) first")
-
-
-def shortened(names: Sequence[str], limit: int = 5) -> str:
-    """Names for a message, the first few of many."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def _device(layers: dict[str, nn.Module]) -> torch.device:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .notices import shortened
+
 if TYPE_CHECKING:
     from .adapter import HyperAdapter
 
@@ -64,6 +66,4 @@ class Calls:
         new = sorted(layers - self._told)
         self._told |= layers
         if new:
-            more = f" and {len(new) - 5} more" if len(new) > 5 else ""
-            names = ", ".join(self.names[i] for i in new[:5]) + more
-            adapter.notices.warn(_TEXT.format(names))
+            adapter.notices.warn(_TEXT.format(shortened([self.names[i] for i in new])))

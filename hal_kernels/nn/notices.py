@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from types import FrameType
 
 _SKIPPED = (
@@ -65,3 +66,9 @@ class Notices:
 
 def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def shortened(names: Sequence[str], limit: int = 5) -> str:
+    """Names for a message, the first few of many."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
