@@ -127,11 +127,13 @@ def batches(
 
     from hal_peft.demo_data import training_batches
     from hal_peft.finetune_data import IGNORED, encode_prompted
+    from hal_peft.finetune_options import OptionsError
 
     pad = DataCollatorForSeq2Seq(subject.tokenizer, label_pad_token_id=IGNORED)
-    rows = encode_prompted(subject.tokenizer, task.train, arguments.length)
-    if not rows:
-        raise SystemExit(f"--length {arguments.length}: every prompt is longer")
+    try:
+        rows = encode_prompted(subject.tokenizer, task.train, arguments.length)
+    except OptionsError as error:  # in the words of hal-finetune's options
+        raise SystemExit(f"--length: {error}") from error
     made = training_batches(
         subject.tokenizer, rows, arguments.batch, arguments.steps, seed, lambda _, own: pad(own)
     )

@@ -95,7 +95,7 @@ def test_a_wrong_run_writes_no_row(command, monkeypatch, module, name, replaceme
 
 
 def test_a_length_that_leaves_no_row_is_refused(command):
-    with pytest.raises(SystemExit, match="--length 9: every prompt is longer"):
+    with pytest.raises(SystemExit, match="every prompt is as long, or longer"):
         command("--task", "gsm8k", "--method", "lora", "--length", "9")
 
 

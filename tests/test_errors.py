@@ -44,7 +44,6 @@ OPTIONS = [
     ("modules_to_save", [3], TypeError, r"modules_to_save.* (is|holds) .*3.*, expected"),
     ("modules_to_save", "*", ValueError, r"modules_to_save is '\*', .*(regular|pattern)"),
     ("hypernet", "rnn", ValueError, r"hypernet is 'rnn', expected one of \('bert', 'mlp'"),
-    ("hypernet", None, ValueError, r"hypernet is None, expected one of"),
     ("hypernet", ["bert"], ValueError, r"hypernet is \['bert'\], expected one of"),
     ("update", "add", ValueError, r"update is 'add', expected one of \('anchor'"),
     ("penalty", "l1", ValueError, r"penalty is 'l1', expected one of \('squared', 'frobenius'\)"),

@@ -112,7 +112,7 @@ def test_the_optimizer_holds_the_hypernetworks_alone(hypernet):
     state_names = {n for n, _ in model.hal.named_buffers() if not n.startswith(index)}
     prefixes = ("", "anchor_", "importance_", "uncertainty_")
     factors = {p + name for name in ("p_16", "p_24", "lam", "q_16", "q_24") for p in prefixes}
-    assert state_names == {"mask"} | factors
+    assert state_names == {"mask", "never_called"} | factors
     assert state_names <= set(model.hal.state_dict())
 
 

@@ -426,7 +426,7 @@ def test_a_narrow_layer_limits_its_own_rank_alone():
         wide=nn.Linear(16, 16), thin=nn.Sequential(nn.Linear(16, 3), nn.Linear(3, 16)),
         gate=nn.Linear(16, 1),
     )  # fmt: skip
-    patch_model(model, rank=3, hypernet="direct", interval=1, total_step=100)
+    patch_model(model, rank=3, hypernet="direct", interval=1, gamma=0.0)
     assert rank_pattern(model) == {"wide": 5, "thin.0": 3, "thin.1": 3, "gate": 1}
     optimizer = adam(model)
     for _ in range(4):

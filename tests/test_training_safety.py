@@ -46,7 +46,7 @@ def test_16_bit_base(hypernet, dtype):
         assert parameter.dtype == (torch.float32 if name.startswith("hal.") else dtype), name
     for name, buffer in model.hal.named_buffers():
         assert not buffer.requires_grad, name
-        assert buffer.dtype in (torch.float32, torch.int64), name
+        assert buffer.dtype in (torch.float32, torch.int64, torch.bool), name
     before = state(model)
     # no Adam: its epsilon of 1e-8 is zero in float16
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)

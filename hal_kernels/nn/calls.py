@@ -56,11 +56,13 @@ class Calls:
             self._tell(adapter, self.idle)
 
     def _beside_called(self) -> set[int]:
-        """Idle layers whose own module did call another of its layers: it won't call them."""
-        called = {
-            name.rpartition(".")[0] for i, name in enumerate(self.names) if i not in self.idle
-        }
-        return {i for i in self.idle if self.names[i].rpartition(".")[0] in called}
+        """Idle layers whose own module did call another of its layers: it won't call them.
+
+        Of a list's members each may have its turn at another time.
+        """
+        places = [name.rpartition(".") for name in self.names]
+        called = {parent for i, (parent, _, _) in enumerate(places) if i not in self.idle}
+        return {i for i in self.idle if places[i][0] in called and not places[i][2].isdecimal()}
 
     def _tell(self, adapter: "HyperAdapter", layers: set[int]) -> None:
         new = sorted(layers - self._told)

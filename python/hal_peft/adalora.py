@@ -28,7 +28,7 @@ from hal_kernels.nn.linear import adapted_class, linear_widths
 
 from .peft_config import HyperAdaLoraConfig
 from .peft_model import HyperAdaLoraModel
-from .peft_state import LAYERS, PROGRESS, State, by_layer, expect_others
+from .peft_state import LAYERS, PROGRESS, REST, State, by_layer, expect_others
 
 RANK_OFFSET = 1e-5
 """What AdaLoRA adds to the rank that divides its scaling."""
@@ -76,7 +76,8 @@ def load_adalora(
             tuner = _tuner(adapted)
             state = _state(config, tuner._adapter(adapter_name), factors)
             for key, saved in tuner.saved_modules(adapter_name).items():
-                state |= {f"{LAYERS}{key}.{k}": v for k, v in saved.items()}  # heads left alone
+                own = {f"{LAYERS}{key}.{k}": v for k, v in saved.items()}
+                state |= own if own.keys().isdisjoint(others) else {}  # heads left alone
             set_peft_model_state_dict(adapted, state | others, adapter_name)
     except INVALID as error:  # PEFT's own, for what it finds wrong or misses, are of many kinds
         raise ValueError(f"{path} does not fit the model: {error!r}") from error
@@ -109,6 +110,9 @@ def _state(config: Any, adapter: HyperAdapter, factors: Mapping[str, State]) -> 
         name, _, short = key.removeprefix(LAYERS).rpartition(".hal_")
         if key == PROGRESS:
             state[key] = torch.tensor([0 if config.rank_pattern is None else config.total_step])
+            continue
+        if key.startswith(REST):
+            state[key] = own
             continue
         found = factors[name].get(short)
         if found is None:  # the mask, and scores that start at zero

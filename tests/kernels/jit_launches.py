@@ -62,12 +62,12 @@ def linear(T, d_in, d_out, r, dtype=torch.bfloat16, dropout=0.1, squared=True):
     x, weight = torch.randn(T, d_in).to(dtype), torch.randn(d_out, d_in).to(dtype)
     p, lam, q = torch.randn(r, d_in), torch.randn(r), torch.randn(r, d_out)
     seed = torch.tensor(3) if dropout else None
-    rest, bias = (p, lam, q, 0.5, dropout, seed), torch.randn(d_out).to(dtype)
+    rest, bias = (p, lam, q, 0.5, dropout, seed, 0.0), torch.randn(d_out).to(dtype)
     for path in svd_linear.PATHS:
         y, h = svd_linear.forward(x, weight, bias, *rest, path=path)
     for path in ("prepare", "add"):
         svd_linear.backward(y, x, h, weight, *rest, True, True, path=path)
-    svd_linear_penalty.forward(x, weight, bias, *rest, squared)
+    svd_linear_penalty.forward(x, weight, bias, *rest[:-1], squared)
 
 
 def group(T, d, widths, r):
@@ -75,8 +75,8 @@ def group(T, d, widths, r):
     biases, n = [torch.empty(0)] * len(widths), len(widths)
     p, lam = (list(torch.randn(n * r, *more).split(r)) for more in ((d,), ()))
     q = [torch.randn(r, n) for n in widths]
-    y, h = svd_linear_group.forward(x, weights, biases, p, lam, q, 0.5)
-    svd_linear_group.backward(list(y), x, h, weights, p, lam, q, 0.5, True, True)
+    y, h = svd_linear_group.forward(x, weights, biases, p, lam, q, 0.5, 0.0)
+    svd_linear_group.backward(list(y), x, h, weights, p, lam, q, 0.5, 0.0, True, True)
 
 
 def penalty(*groups):

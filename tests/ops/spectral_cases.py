@@ -74,7 +74,7 @@ class Case:
 
 
 def make(layers=EQUAL, dtype=torch.float32, lam="random", mask=None, momentum=True) -> Case:
-    layout = Layout([LayerSpec(f"l{i}", *layer) for i, layer in enumerate(layers)])
+    layout = Layout([LayerSpec(f"l{i}", *layer, layer[2], 1.0) for i, layer in enumerate(layers)])
     factors = {
         "p": [orthonormal(r, d_in) for d_in, _, r in layers],
         "q": [orthonormal(r, d_out) for _, d_out, r in layers],

@@ -127,7 +127,9 @@ class TangentContract(AdapterCases):
 
     @pytest.mark.parametrize("tangent", [-1.0, float("nan"), float("inf")])
     def test_bad_tangent(self, tangent):
-        self.check_error({"tangent": tangent}, ValueError, rf"tangent is {tangent}, expected a num")
+        self.check_error(
+            {"tangent": tangent}, ValueError, rf"tangent is {tangent}, expected at least 0"
+        )
 
     def test_tangent_gradients_repeat_bit_for_bit(self):
         inputs = self.make((64,), 48, 32)

@@ -90,7 +90,7 @@ BAD = [
     ({"count_p": 0}, ValueError, r"count_p is 0, expected 1 to 2"),
     ({"count_p": 3}, ValueError, r"count_p is 3, expected 1 to 2"),
     ({"count_p": 1}, ValueError, r"importance\[1\] has shape \(3, 5\), expected \[R\]"),
-    ({"uncertainty": []}, ValueError, r"uncertainty has 0 tensors, expected 4"),
+    ({"uncertainty": []}, ValueError, r"uncertainty is empty, expected"),
     ({"positions_p": torch.zeros(7)}, TypeError, r"positions_p has dtype torch.float32"),
     ({"positions_q": torch.zeros(6).long()}, ValueError, r"positions_q has shape \(6,\)"),
     ({"mask": torch.ones(6)}, ValueError, r"mask has shape \(6,\), expected \(7,\)"),

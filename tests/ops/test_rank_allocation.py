@@ -284,13 +284,13 @@ ONE, TWO = torch.ones(3), torch.ones(2)
 @pytest.mark.parametrize(
     "arguments, options, exception, message",
     [
-        (([ONE],) * 4, {"beta1": 0.0}, ValueError, r"beta1 is 0.0, expected a number in \(0, 1\)"),
+        (([ONE],) * 4, {"beta1": 0.0}, ValueError, r"beta1 is 0.0, expected more than 0"),
         (([ONE],) * 4, {"beta1": 1.0}, ValueError, r"beta1 is 1.0, expected"),
         (([ONE],) * 4, {"beta2": -0.5}, ValueError, r"beta2 is -0.5, expected"),
         (([ONE],) * 4, {"beta2": NAN}, ValueError, r"beta2 is nan, expected"),
-        (([ONE], [], [ONE], [ONE]), {}, ValueError, r"uncertainty has 0 tensors, expected 1"),
+        (([ONE], [], [ONE], [ONE]), {}, ValueError, r"uncertainty is empty, expected"),
         (([ONE], [ONE], [ONE, ONE], [ONE]), {}, ValueError, r"values has 2 tensors, expected 1"),
-        (([ONE], [ONE], [ONE], []), {}, ValueError, r"gradients has 0 tensors, expected 1"),
+        (([ONE], [ONE], [ONE], []), {}, ValueError, r"gradients is empty, expected"),
         (([ONE], [TWO], [ONE], [ONE]), {}, ValueError, r"uncertainty\[0\] has shape \(2,\), exp"),
         (([ONE], [ONE], [TWO], [ONE]), {}, ValueError, r"values\[0\] has shape \(2,\), expected"),
         (

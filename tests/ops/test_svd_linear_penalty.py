@@ -148,7 +148,7 @@ def test_autocast():
         ({"kind": "cubed"}, ValueError, r"kind is 'cubed', expected one of"),
         ({"q": lambda t: t.double()}, TypeError, r"q has dtype torch.float64, expected .* of p"),
         ({"p": lambda t: t[:, 1:]}, ValueError, r"p has shape \(3, 11\), expected"),
-        ({"dropout": 1.0}, ValueError, r"dropout is 1.0, expected a probability"),
+        ({"dropout": 1.0}, ValueError, r"dropout is 1.0, expected at least 0 and less"),
         ({"weight": lambda t: t.double()}, TypeError, r"x has dtype .*, weight torch.float64"),
     ],
 )
