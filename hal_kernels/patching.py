@@ -1,6 +1,7 @@
 """`patch_model`: adapt a model's linear layers in place."""
 
 import dataclasses
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -166,9 +167,19 @@ def hook_forward(
         for module in model.modules()
         if isinstance(module, nn.TransformerEncoderLayer)
     ]
+    _choose_checkpointing(model)
     adapter.train(model.training)
     watch(adapter)
     return handles
+
+
+def _choose_checkpointing(model: nn.Module) -> None:
+    """Where a transformers model checkpoints activations and nobody said which way, as after
+    `peft.prepare_model_for_kbit_training`, take the way that adapters can train under."""
+    for module in model.modules():
+        run = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(run, functools.partial) and "use_reentrant" not in run.keywords:
+            module._gradient_checkpointing_func = functools.partial(run, use_reentrant=False)  # type: ignore[assignment]
 
 
 def detach_adapter(model: nn.Module) -> HyperAdapter:

@@ -16,6 +16,7 @@ from training import (
     gradients,
     kept,
     state,
+    train,
     trainable,
 )
 
@@ -361,3 +362,16 @@ def test_checkpoint_of_the_whole_model(hypernet, reentrant):
             loss(model, x, labels).backward()
         results.append(after_a_step(model))
     assert_same_step(results[1], results[0])
+
+
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter")
+def test_a_kind_that_nobody_chose():
+    """peft.prepare_model_for_kbit_training leaves torch its own choice, the reentrant kind."""
+    losses = []
+    for checkpointed in (False, True):
+        model = models.llama()
+        if checkpointed:
+            model.gradient_checkpointing_enable({})
+        model = hal_kernels.patch_model(model, 2, hypernet="direct", seed=0)
+        losses.append(train(model, adam(model), batches(model, 2)))
+    assert losses[0] == losses[1]
