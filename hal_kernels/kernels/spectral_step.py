@@ -24,8 +24,9 @@ from .launch import DTYPES, on_device_of
 from .slots import chosen, starts_of
 from .spectral_solve import solve_kernel
 
-HIGHEST_RANK = 16
+LOWEST_RANK, HIGHEST_RANK = 8, 16
 BK = 64  # columns that `write_kernel` takes at a time
+WARPS = 8  # threads share out R × R numbers of 64 bits, and of `gram_kernel` BK times as many
 
 
 @triton.jit
@@ -148,7 +149,8 @@ def step_(
     max_rank: int,
 ) -> torch.Tensor:
     """`hal::spectral_step_`, in three launches."""
-    n, rank = offsets[1].shape[0] - 1, 1 << (max_rank - 1).bit_length()
+    # Of 4 × 4 numbers ptxas makes code that spills (sm_80, sm_89): smaller ranks are padded to 8.
+    n, rank = offsets[1].shape[0] - 1, max(LOWEST_RANK, 1 << (max_rank - 1).bit_length())
     factors, momenta, gradients = (
         tuple(t.contiguous() for t in (*of_p, *of_q))
         for of_p, of_q in ((p, q), (momentum_p, momentum_q), (gradient_p, gradient_q))
@@ -163,7 +165,7 @@ def step_(
         "skips": (*starts_of(sizes_p), *starts_of(sizes_q)),
         "widths": widths,
         "beta": beta,
-        "N": len(widths), "NP": len(p), "R": rank, **options_of(rank),
+        "N": len(widths), "NP": len(p), "R": rank, "num_warps": WARPS,
     }  # fmt: skip
     offsets, starts = tuple(o.contiguous() for o in offsets), starts_of(counts)
     tiles = [count * triton.cdiv(width, BK) for count, width in zip(counts, widths, strict=True)]
@@ -175,7 +177,7 @@ def step_(
         solve_kernel[(n,)](
             grams, totals, lam, mask, eta.contiguous(), scaling.contiguous(), decay.contiguous(),
             *(r.contiguous() for r in rows), offsets, transforms, moves, candidates, n, max_rank,
-            R=rank, BM=64, **options_of(rank),
+            R=rank, BM=64, num_warps=WARPS,
         )  # fmt: skip
         write_kernel[(sum(tiles),)](
             factors, momenta, gradients, offsets, transforms, moves, starts_of(tiles), starts,
@@ -184,18 +186,13 @@ def step_(
     return candidates
 
 
-def options_of(rank: int) -> dict[str, int]:
-    """Threads share out R × R numbers of 64 bits, and of `gram_kernel` BK times as many."""
-    return {"num_warps": 8 if rank >= 8 else 4}
-
-
 def columns_of(rank: int) -> int:
     """Columns that `gram_kernel` takes at a time."""
-    return min(64, 4096 // rank**2)
+    return min(64, 8192 // rank**2)
 
 
 def cases() -> Iterator[Case]:
-    """Two widths a side; ranks of each number of warps; factors in float32 and in 16 bits."""
+    """Two widths a side; both ranks that are compiled; factors in float32 and in 16 bits."""
     n, lists = 4, ("factors", "momenta", "gradients")
     ints = ("starts", "firsts", "skips", "widths", "matrices")
     types: dict[str, Any] = dict.fromkeys(ints, ("i32",) * n)
@@ -204,15 +201,15 @@ def cases() -> Iterator[Case]:
     types |= {"offsets": ("*i64",) * 3, "rows_p": "*i64", "rows_q": "*i64"}
     types |= dict.fromkeys(("lam", "mask", "candidates"), "*fp32")
     aligned = (*lists, "widths", "offsets", "grams", "transforms")
-    for arch, rank in itertools.product(ARCHITECTURES, (4, 8, HIGHEST_RANK)):
+    for arch, rank in itertools.product(ARCHITECTURES, (LOWEST_RANK, HIGHEST_RANK)):
         entries = {"N": n, "NP": 2, "R": rank}
         found = [(solve_kernel, {"R": rank, "BM": 64}, "*fp32")]
-        for pointer in ("*fp32", "*bf16") if rank != 8 else ("*fp32",):
+        for pointer in ("*fp32", "*bf16"):
             found.append((gram_kernel, entries | {"BK": columns_of(rank)}, pointer))
             found.append((write_kernel, entries | {"BK": BK}, pointer))
         for kernel, constants, pointer in found:
             own = types | dict.fromkeys(lists, (pointer,) * n)
             signature = {name: own[name] for name in kernel.arg_names if name not in constants}
             known = tuple(name for name in aligned if name in signature)
-            options = {**options_of(rank), "num_stages": 3}
+            options = {"num_warps": WARPS, "num_stages": 3}
             yield Case(kernel, signature, constants, options, known, arch)
