@@ -447,7 +447,7 @@ def test_the_first_step_says_when_the_budget_will_be_met(caplog):
         "step 400 on; for a shorter run, give patch_model its length (total_step=…)"
     ]
     caplog.clear()
-    for options in ({"init_rank": 2}, {"total_step": 50}):
+    for options in ({"init_rank": 2}, {"total_step": 50}, {"interval": 7}):
         quiet = hal_kernels.patch_model(models.net(), 2, hypernet="direct", **options)
         train(quiet, adam(quiet), batches(quiet, 1))
     assert not caplog.records

@@ -81,13 +81,18 @@ def _interval(config: HALConfig, surplus: int) -> int:
 
 
 def announce(adapter: "HyperAdapter") -> None:
-    """Say at the first optimizer step when the rank budget will be met: a short run may not."""
-    last = adapter.last_allocation
-    if last > (adapter.config.total_step or 0) and is_first(adapter.process_group):
+    """Say at the first optimizer step when the rank budget will be met: a short run may not.
+
+    Who gave an interval, and no length of the run, knows.
+    """
+    config, last = adapter.config, adapter.last_allocation
+    unknown = config.total_step is None and config.interval is None
+    too_late = config.total_step is not None and last > config.total_step
+    if last > 0 and (unknown or too_late) and is_first(adapter.process_group):
         logger.warning(
             "hal_kernels: the layers start with %d directions and will keep %d (rank=%d) from "
             "optimizer step %d on; for a shorter run, give patch_model its length (total_step=…)",
-            adapter.layout.initial_rows, adapter.budget, adapter.config.rank, last,
+            adapter.layout.initial_rows, adapter.budget, config.rank, last,
         )  # fmt: skip
 
 
