@@ -444,7 +444,7 @@ def test_the_first_step_says_when_the_budget_will_be_met(caplog):
     train(model, adam(model), batches(model, 2))
     assert [record.message for record in caplog.records] == [
         "hal_kernels: the layers start with 12 directions and will keep 8 (rank=2) from optimizer "
-        "step 400 on; for a shorter run, give patch_model its length (total_step=…)"
+        "step 400 on; for a shorter run, give its length (option total_step)"
     ]
     caplog.clear()
     for options in ({"init_rank": 2}, {"total_step": 50}, {"interval": 7}):

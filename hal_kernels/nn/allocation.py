@@ -91,7 +91,7 @@ def announce(adapter: "HyperAdapter") -> None:
     if last > 0 and (unknown or too_late) and is_first(adapter.process_group):
         logger.warning(
             "hal_kernels: the layers start with %d directions and will keep %d (rank=%d) from "
-            "optimizer step %d on; for a shorter run, give patch_model its length (total_step=…)",
+            "optimizer step %d on; for a shorter run, give its length (option total_step)",
             adapter.layout.initial_rows, adapter.budget, config.rank, last,
         )  # fmt: skip
 
