@@ -23,6 +23,8 @@ CASES = {
     "direct ema": ("direct", False, {"allocation": "ema"}),
     "bert checkpointed": ("bert", True, {}),
     "direct checkpointed": ("direct", True, {}),
+    "spectral": ("direct", False, {"update": "spectral"}),
+    "spectral checkpointed": ("direct", True, {"update": "spectral"}),
 }
 ALIKE = ("bert ema",)  # alike in all processes, but not the one process's run: see allocation
 
