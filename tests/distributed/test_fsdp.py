@@ -16,7 +16,7 @@ from hal_kernels.nn import hypernet
 from .processes import run
 
 STEPS, ROWS, BEFORE = 6, 4, 3  # saved and loaded after BEFORE steps
-KINDS = ("bert", "direct")
+KINDS = ("bert", "direct", "spectral")
 OPTIONS = {"init_rank": 4, "interval": 1, "seed": 0, "dtype": torch.float64}
 
 
@@ -26,7 +26,8 @@ def base():
 
 def patched(kind):
     model = base()
-    return hal_kernels.patch_model(model, 2, hypernet=kind, **OPTIONS)
+    options = {"update": kind} if kind == "spectral" else {"hypernet": kind}
+    return hal_kernels.patch_model(model, 2, **options, **OPTIONS)
 
 
 def optimizer_of(model):
