@@ -34,7 +34,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "hyper-dylora": {"color": "#d9b400", "linestyle": "-", "marker": "x"},
     "adalora": {"color": "#c55a11", "linestyle": "--", "marker": "s"},
     "hal-direct": {"color": "#3d85c6", "linestyle": "-", "marker": "D"},
-    "hal-spectral": {"color": "#2a9d8f", "linestyle": "-", "marker": "P"},
+    "hal-spectral": {"color": "#d81b60", "linestyle": "-", "marker": "P"},
     "hal-hyper": {"color": "#0b3d6b", "linestyle": "-", "marker": "o"},
 }
 STYLES |= {
