@@ -5,7 +5,6 @@ them, gradient accumulation reaches them once per window, and HF Trainer and acc
 same optimizers.
 """
 
-import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from torch.optim.optimizer import (
 )
 
 from .nn.adapter import HyperAdapter
+from .nn.instances import instances
 
 _adapters: weakref.WeakSet[HyperAdapter] = weakref.WeakSet()
 _hooks: list[Any] = []
@@ -92,7 +92,5 @@ def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def torch_optimizers() -> list[torch.optim.Optimizer]:
-    """Every torch optimizer there is: one that was just restored has not stepped yet, and torch
-    keeps no list of them."""
-    found = (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
-    return [optimizer for optimizer in found if hasattr(optimizer, "state")]
+    """Every torch optimizer there is: one that was just restored has not stepped yet."""
+    return [o for o in instances(torch.optim.Optimizer) if hasattr(o, "state")]
