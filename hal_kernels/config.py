@@ -77,7 +77,7 @@ class HALConfig:
         tinit: "cubic": steps before the first allocation.
         tfinal: "cubic": steps after the last allocation.
         total_step: all optimizer steps of the run. "cubic" needs it; under "fixed" it settles an
-            `interval` that is None.
+            `interval` that is None. None: a run of transformers' Trainer says it itself.
         beta1, beta2: "ema": decay of the smoothed sensitivity and of its uncertainty.
         dtype: of factors and hypernetworks.
         seed: of their initial values; None draws from torch's global generator.

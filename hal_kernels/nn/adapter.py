@@ -30,6 +30,7 @@ from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
 from .processes import all_agree, expect_shared, share_state, world_size
 from .recompute import Regenerate, inside_backward, refuse_reentrant
+from .run_length import take_run_length
 from .spectral import TANGENT, Taken, advance, register_scalings
 from .state import State
 from .tensors import all_finite, capturing
@@ -39,7 +40,7 @@ from .threads import Pass, PerThread
 _TRANSIENT: dict[str, Any] = {
     "_stray": None, "_recent": None, "_cache": None, "_last_views": None, "_step_begins": True,
     "last_penalty": None, "shared": False, "replicated": frozenset(), "placed": False,
-    "patched": None, "taken": None,
+    "patched": None, "taken": None, "_run_begins": True,
 }  # fmt: skip
 
 _Probed = adder(1.0, copies=True)
@@ -81,6 +82,7 @@ class HyperAdapter(State):
     patched: weakref.ref[nn.Module] | None  # the model whose passes this adapter takes part in
     last_penalty: torch.Tensor | None  # γ·penalty in the last training forward's loss, if any
     _step_begins: bool  # the next pass with gradients is an accumulation window's first
+    _run_begins: bool  # no optimizer step was taken since the adapter was made or loaded
 
     def __init__(self, config: HALConfig, layout: Layout, device: torch.device) -> None:
         super().__init__(config)
@@ -164,6 +166,8 @@ class HyperAdapter(State):
         if not torch.compiler.is_compiling():
             share_state(self)
             self._begin_accumulation()
+            if self._run_begins and self._step_begins and take_run_length(self):
+                self._make_alignment()
         here.live, here.begins_step = self._generate_with_graph(), self._step_begins
         if here.live.effective.p[0].requires_grad:
             self._step_begins = False
@@ -410,6 +414,7 @@ class HyperAdapter(State):
         moved = taken is not None or moved
         if moved and recent is not None:  # else there was nothing to step
             self.steps += 1
+            self._run_begins = False
             if self.steps == 1:
                 announce(self)
             self.notices.step_taken(0.0 if self.config.spectral else self.config.gamma)
@@ -473,6 +478,7 @@ class HyperAdapter(State):
             self._alignment = None
         elif self._alignment is not None and numbers > 1:
             self._alignment.take(state[1:])
+        self._run_begins = True
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:

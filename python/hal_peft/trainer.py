@@ -6,7 +6,6 @@ model, resume it. This one writes the adapter alone.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -32,8 +31,6 @@ class AdapterTrainer(Trainer):
     - Beside ``loss``, what is minimised, it logs ``task_loss`` and ``penalty`` (γ included).
     - With ``label_smoothing_factor`` or ``compute_loss_func``, where the loss is computed outside
       the model, it adds the penalty.
-    - It knows how many steps the run takes, and tells an adapter whose `HALConfig.interval` is
-      None: ranks then meet their budget in the run.
 
     A model that is not patched is trained and saved as by Trainer, also one that PEFT holds an
     adapter of.
@@ -167,12 +164,6 @@ class AdapterTrainer(Trainer):
             return [*wrapped, *map(model.get_submodule, names)]
         return [module for _, module in saved_modules(model)]
 
-    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; its caller is the first to know how many steps there will be."""
-        if self._patched and self.adapter is not None:
-            _tell_length(self.adapter, num_training_steps)
-        return super().create_scheduler(num_training_steps, *args, **kwargs)
-
     # -- checkpoints -----------------------------------------------------------------------------
 
     def _save(
@@ -200,11 +191,3 @@ class AdapterTrainer(Trainer):
         else:
             assert self.state.best_model_checkpoint is not None
             hal_kernels.load_adapter(self._module, self.state.best_model_checkpoint)
-
-
-def _tell_length(adapter: HyperAdapter, steps: int) -> None:
-    """Let a schedule that is not settled yet meet its budget within so many steps."""
-    config = adapter.config
-    if adapter.steps == 0 and config.interval is None and config.total_step is None:
-        adapter.config = dataclasses.replace(config, total_step=steps)
-        adapter.set_layout(adapter.layout)  # fewer steps may choose initial directions now

@@ -169,27 +169,46 @@ def test_a_head_has_a_learning_rate_of_its_own(tmp_path):
     assert len(rates) == sum(p.requires_grad for p in model.parameters())
 
 
+@SAVES
+@pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("steps", [1, 7])
-def test_short_runs_meet_the_rank_budget(steps, tmp_path):
-    """The trainer tells the adapter how many steps there are; a resumed run keeps its schedule."""
+def test_short_runs_meet_the_rank_budget(kind, steps, tmp_path):
+    """The adapter asks its Trainer how many steps there are."""
     model = patched(interval=None)
-    options = {"max_steps": steps, "save_strategy": "no"}
-    make(AdapterTrainer, model, tmp_path, gradient_accumulation_steps=1, **options).train()
+    make(kind, model, tmp_path, gradient_accumulation_steps=1, max_steps=steps).train()
     assert model.hal.config.total_step == steps
     assert model.hal.last_allocation <= max(1, 2 * steps / 3)
     assert sum(hal_kernels.rank_pattern(model).values()) == 2 * len(model.hal.layout.layers)
-    hal_kernels.save_adapter(model, tmp_path)
-    other = hal_kernels.load_adapter(patched(interval=None), tmp_path)
-    make(AdapterTrainer, other, tmp_path, **options).create_optimizer_and_scheduler(50)
-    assert other.hal.config.total_step == steps
+
+
+@SAVES
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("saved", [2, 6])
+def test_a_resumed_run_keeps_the_schedule_of_the_whole_one(kind, saved, tmp_path):
+    """Checkpoint 2 is from when initial directions were being found, checkpoint 6 from after."""
+    options = {"max_steps": 12, "gradient_accumulation_steps": 1}
+    whole = make(kind, patched("direct", interval=None, init="gradient"), tmp_path, **options)
+    whole.train()
+    model = patched("direct", interval=None, init="gradient", seed=9)
+    parts = make(kind, model, tmp_path, **options)
+    parts.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
+    assert whole.model.hal.config.total_step == parts.model.hal.config.total_step == 12
+    assert_equal(state(parts.model), state(whole.model))
+
+
+def test_an_adapter_that_is_trained_further_keeps_its_schedule(tmp_path):
+    """It may have met its budget long ago: a few more steps are not its whole run."""
+    model = patched("direct", interval=None)
+    model.hal.steps = 1000
+    make(Trainer, model, tmp_path, save_strategy="no").train()
+    assert model.hal.config.total_step is None
 
 
 @pytest.mark.parametrize("options", [{"interval": 5}, {"total_step": 9}], ids=str)
 def test_what_was_said_of_the_schedule_stays(options, tmp_path):
     model = patched(**{"interval": None} | options)
-    made = make(AdapterTrainer, model, tmp_path)
     last = model.hal.last_allocation
-    made.create_optimizer_and_scheduler(6)
+    make(Trainer, model, tmp_path, save_strategy="no").train()
     assert model.hal.last_allocation == last
 
 

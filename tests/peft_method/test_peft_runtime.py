@@ -8,6 +8,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import hal_peft
@@ -267,3 +268,16 @@ def test_no_warnings_of_ours(tmp_path):
         loaded.unmerge_adapter()
         loaded.merge_and_unload()
     assert isinstance(model.peft_config["default"], hal_peft.HyperAdaLoraConfig)
+
+
+def test_a_short_run_of_trainer_meets_its_rank_budget(tmp_path):
+    """The adapter asks its Trainer how many steps there are."""
+    model = BERT.adapted(init_r=4)
+    batch = BERT.batch(model.get_base_model())
+    rows = [{name: values[0] for name, values in batch.items()}] * 6
+    options = {"max_steps": 6, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    transformers.Trainer(
+        model, transformers.TrainingArguments(tmp_path, **options), train_dataset=rows
+    ).train()
+    assert hal(model).config.total_step == 6
+    assert hal(model).mask.sum() == 2 * len(hal(model).layout.layers)
