@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
 
+import gc
 import random
 import sys
 import zlib
@@ -28,6 +29,12 @@ hypothesis.settings.register_profile(
     "ci", deadline=None, max_examples=15, database=None, derandomize=True
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays: no search for garbage has to go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is no installed p
 
 from bench import convergence, report
 from bench.widened import widened
+from hal_peft.text_data import Dataset, Example
 
 
 @pytest.fixture
@@ -54,9 +55,8 @@ def test_a_width_that_cannot_be_is_refused(trained, size):
 
 @pytest.fixture
 def few_examples(monkeypatch):
-    from hal_peft.stdlib_corpus import load
-
-    found = load(train_per_family=8, dev_per_family=2)
+    texts = [Example(f"number {i} of some texts", i % 2) for i in range(64)]
+    found = Dataset(texts, texts[:16], ["even", "odd"], "some texts")
     monkeypatch.setattr(convergence, "_examples", lambda task, data: found)
 
 

@@ -4,6 +4,7 @@ On a GPU every test of this folder carries the marker `gpu`; without one those t
 themselves (shapes too large to be interpreted, say) are skipped.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -24,16 +25,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_calls():
-    """Spare the interpreter what takes a quarter of its time: at each call of a device function it
-    makes triton.language its own, which it has done for the kernel around that call.
+def quick_interpreter():
+    """Spare the interpreter half of its time.
+
+    At each call of a device function it makes triton.language its own, which it has done for the
+    kernel around that call; and for each value it makes a shape of constexprs, a type's name, and a
+    dictionary of all dtypes.
     """
     if GPU:
         yield
         return
+    import numpy as np
+    import triton.language as tl
     from triton.runtime import interpreter
 
-    known = set()
+    known, blocks, shapes, scalars = set(), {}, {}, {}
+    np_dtype = interpreter._get_np_dtype
 
     def call(self, *args, **kwargs):
         if self.fn not in known:
@@ -41,8 +48,37 @@ def quick_calls():
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    def make_tensor(self, handle, type):
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in shapes:
+            shapes[shape] = (
+                tl.tuple([tl.constexpr(s) for s in shape]),
+                tl.constexpr(math.prod(shape)),
+            )
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[shape]
+
+    def make_block_type(self, element_ty, shape):
+        shape = tuple(s.value if isinstance(s, tl.constexpr) else s for s in shape)
+        if shape not in blocks:
+            blocks[shape] = tl.tuple(list(shape)), tl.core.validate_block_shape(shape)
+        self.element_ty, (self.shape, self.numel) = element_ty, blocks[shape]
+
+    def quick_np_dtype(type):
+        scalar = type.scalar if type.is_block() else type
+        if scalar.is_ptr():
+            return np.dtype(np.uint64)
+        if scalar.name not in scalars:
+            scalars[scalar.name] = np_dtype(scalar)
+        return scalars[scalar.name]
+
+    name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter, "_get_np_dtype", quick_np_dtype)
+        patch.setattr(tl.tensor, "__init__", make_tensor)
+        patch.setattr(tl.block_type, "__init__", make_block_type)
+        patch.setattr(tl.block_type, "name", name, raising=False)
         yield
 
 

@@ -13,7 +13,7 @@ from .harness import DEVICE, Guarded, launches
 operator = importlib.import_module("hal_kernels.ops.spectral_step")
 kernels = importlib.import_module("hal_kernels.kernels.spectral_step")
 
-LAYERS = [(24, 16, 2), (130, 16, 1), (24, 9, 0)]
+LAYERS = [(24, 16, 3), (130, 16, 1), (24, 9, 0)]
 LAUNCHES = ["gram", "solve", "write"]
 
 
@@ -58,12 +58,8 @@ def test_matches_the_reference(dtype, bound):
     check(make(LAYERS, dtype), bound, eta=0.3, scaling=2.5, beta=0.8, decay=0.9)
 
 
-def test_a_rank_that_is_padded():
-    check(make([(24, 16, 3)]))
-
-
 def test_masks_and_a_number_for_each_layer():
-    case = make(LAYERS, mask=torch.tensor([0.0, 0.5, -1.0], device=DEVICE))
+    case = make(LAYERS, mask=torch.tensor([0.0, 0.5, 1.0, -1.0], device=DEVICE))
     numbers = torch.tensor([0.1, 0.5, 1.0])
     check(case, eta=numbers, scaling=numbers + 1, decay=1 - numbers / 2)
     assert (case.lam[case.mask <= 0] == 0).all()
@@ -74,17 +70,8 @@ def test_ranks_above_half_of_a_width():
     check(make([(3, 5, 2), (2, 2, 2)]), 4e-6)
 
 
-def test_first_step():
-    """Λ = 0 and no momentum."""
-    case = make([(24, 16, 2)], lam="zeros", momentum=False)
-    run(case, eta=0.2)
-    layer, (ref, _) = case.layer(0), case.expected(0, eta=0.2)
-    assert_same({"lam": layer.lam}, {"lam": ref.lam}, 2e-6)
-    assert off_orthonormal(layer.p) <= 1e-6 and off_orthonormal(layer.q) <= 1e-6
-
-
 def test_rank_deficient_gradients():
-    """One direction, none on one side, and those of the factors themselves."""
+    """One direction, none on one side, and those of the factors themselves, in a first step."""
     case = make([(24, 16, 2), (16, 24, 2), (16, 16, 2)], lam="zeros", momentum=False)
     own = {f"gradient_{n}": [t.clone() for t in case.before[f"gradient_{n}"]] for n in "pq"}
     own["gradient_p"][0][1:] = own["gradient_p"][0][:1]
@@ -134,11 +121,12 @@ def test_layers_that_stay_as_they_are():
     assert_same({"dw": update(case.layer(0))}, {"dw": update(ref)}, 2e-6)
 
 
+@pytest.mark.gpu
 def test_equal_inputs_give_equal_bits():
     runs = []
     for _ in range(2):
         torch.manual_seed(3)
-        case = make([(24, 16, 1)])
+        case = make([(768, 768, 4)] * 8)
         runs.append([run(case), *case.tensors()])
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
