@@ -28,6 +28,7 @@ from .nn.alignment import saved_steps
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, adapted_class, linear_widths
 from .nn.notices import shortened
+from .nn.switch import to_spectral
 from .nn.tensors import replace_data
 from .patching import (
     ATTRIBUTE,
@@ -99,19 +100,27 @@ def _warn_of_unsaved(model: nn.Module, adapter: HyperAdapter) -> None:
         )
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, update: str | None = None
+) -> nn.Module:
     """Restore what `save_adapter` wrote, training state included, and return the model.
 
     An unpatched model is patched as the checkpoint says. A patched one must have the same layers
     and the same factor-defining options; it takes over the checkpoint's ranks and configuration.
 
+    Args:
+        update: "spectral" lets what another update has trained go on by spectral steps: the same
+            function, ranks and step, P and Q made orthonormal. None: the update that it was.
+
     Raises:
         TypeError, ValueError: the files are missing parts, truncated or altered, or don't fit the
-            model, or `path` is no path. FileNotFoundError: no checkpoint there. The model is then
-            as it was.
+            model, `path` is no path, or `update` is another one. FileNotFoundError: no checkpoint
+            there. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected torch.nn.Module")
+    if update not in (None, "spectral"):
+        raise ValueError(f"update is {update!r}, expected 'spectral', or None for the checkpoint's")
     folder = folder_path(path)
     header, tensors = _read(folder)
     try:
@@ -163,6 +172,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         expect_finite(saved[name], repr(name), or_inf=True)
     adapter.to(state["lam"].dtype)  # an adapter may have been moved since it was made
     adapter.load_state_dict(state)
+    if update is not None and not config.spectral:
+        adapter = to_spectral(adapter)
     if present is not None:
         _expect_same_kind(present, adapter, names)
 
@@ -326,6 +337,7 @@ def _expect_same_kind(adapter: HyperAdapter, loaded: HyperAdapter, saved: list[s
             f"norm_first={loaded.config.norm_first}; the model was patched with "
             f"{adapter.config.hypernet!r}, {adapter.config.update!r}, "
             f"{adapter.config.allocation!r}, {adapter.config.norm_first}"
+            + (": load_adapter(..., update='spectral') switches" if adapter.config.spectral else "")
         )
     if adapter.lam.dtype != loaded.lam.dtype:
         raise ValueError(

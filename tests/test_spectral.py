@@ -319,3 +319,47 @@ def test_masks_of_a_pruned_model_hold():
     train(model, adamw(model), batches(model, 3))
     assert [i for i, k in enumerate(kept(model)) if not k] == [0, 5]
     assert not model.hal.lam[[0, 5]].any()
+
+
+SWITCHES = [
+    {"hypernet": "bert", "rank_pattern": {"up.0": 4}},
+    {"hypernet": "mlp", "update": "replace", "init": "random", "allocation": "ema"},
+    {"hypernet": "direct", "alpha": 3.0},
+]
+
+
+@pytest.mark.parametrize("options", SWITCHES, ids=str)
+@pytest.mark.parametrize("into", ["unpatched", "patched"])
+def test_another_update_s_checkpoint_goes_on(into, options, monkeypatch, tmp_path):
+    lifecycle.small_hypernets(monkeypatch)
+    options = {"init_rank": 3, "interval": 4} | options
+    model = patched(models.net(), **options)
+    train(model, adamw(model), batches(model, 6))
+    assert (model.hal.mask == 0).any()
+    hal_kernels.save_adapter(model, tmp_path)
+    other = models.net()
+    if into == "patched":
+        spectral(other, init_rank=3, rank_pattern=options.get("rank_pattern"))
+        with pytest.raises(ValueError, match="update='spectral'"):
+            hal_kernels.load_adapter(other, tmp_path)
+    hal_kernels.load_adapter(other, tmp_path, update="spectral")
+    torch.testing.assert_close(predict(other), predict(model))
+    assert hal_kernels.rank_pattern(other) == hal_kernels.rank_pattern(model)
+    orthonormal(other)
+    train(other, adamw(other, lr=4e-3), [models.batch(other, 16)] * 30)
+    assert other.hal.steps == 36
+    assert budget_used(other) == 2 * len(other.hal.layout.layers)
+    orthonormal(other)
+
+
+def test_a_spectral_checkpoint_is_one_already(tmp_path):
+    model = spectral()
+    train(model, adamw(model), batches(model, 2))
+    hal_kernels.save_adapter(model, tmp_path)
+    other = hal_kernels.load_adapter(models.net(), tmp_path, update="spectral")
+    assert_equal(state(other), state(model))
+
+
+def test_no_other_update_is_switched_to(tmp_path):
+    with pytest.raises(ValueError, match="update is 'replace', expected 'spectral'"):
+        hal_kernels.load_adapter(models.net(), tmp_path, update="replace")
