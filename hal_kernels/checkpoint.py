@@ -247,19 +247,21 @@ def _parsed(header: dict[str, Any]) -> tuple[HALConfig, list[LayerSpec], list[st
     if not config.alpha_pattern:
         same["scaling"] = config.scaling
     specs = [LayerSpec(**(same | values)) for values in header["layers"]]
+    narrowest = {spec.name: min(spec.d_in, spec.d_out) for spec in specs}
     for spec in specs:
-        narrowest = min(spec.d_in, spec.d_out)
-        if not spec.rank <= spec.init_rank <= narrowest:
+        side = narrowest[spec.name]
+        if not spec.rank <= spec.init_rank <= side:
             raise ValueError(
                 f"layer {spec.name!r} has rank {spec.rank} and init_rank {spec.init_rank}, "
-                f"expected rank <= init_rank <= {narrowest} (its narrowest side)"
+                f"expected rank <= init_rank <= {side} (its narrowest side)"
             )
         for field, value in same.items():
+            value = min(value, side) if field == "init_rank" else value
             if getattr(spec, field) != value:
                 raise ValueError(f"{field} of {spec.name!r} is {getattr(spec, field)}, not {value}")
     if len({spec.name for spec in specs}) < len(specs) or not any(spec.rank for spec in specs):
         raise ValueError(f"layers are not distinct, or without a rank: {[s.name for s in specs]}")
-    initial, budget = sum(spec.init_rank for spec in specs), config.rank * len(specs)
+    initial, budget = sum(spec.init_rank for spec in specs), config.budget(narrowest)
     if initial < budget:
         raise ValueError(f"layers start with {initial} directions, expected at least {budget}")
     names = header["saved_modules"]

@@ -6,10 +6,10 @@ import torch
 from lifecycle import patched, predict, stir, unchanged
 from torch import nn
 from torch.nn import functional as F
-from training import adam, train, trainable
+from training import adam, assert_equal, state, train, trainable
 
 import hal_kernels
-from hal_kernels import HALLinear, patch_model, rank_pattern
+from hal_kernels import HALLinear, load_adapter, patch_model, rank_pattern, save_adapter
 
 ALL = ["up.0", "up.1", "down.0", "down.1"]
 
@@ -415,17 +415,20 @@ def test_every_layer_takes_part():
     assert all(matters(model, name) for name in ALL)
 
 
-def test_a_narrow_layer_limits_its_own_rank_alone():
+def test_a_narrow_layer_limits_its_own_rank_alone(tmp_path):
     """Mixture-of-experts gates and value heads have one output."""
 
     class Gated(models.Holder):
         def forward(self, x, labels=None):
             return self.classifier(torch.sigmoid(self.gate(x)) * self.thin(self.wide(x)))
 
-    model = Gated(
-        wide=nn.Linear(16, 16), thin=nn.Sequential(nn.Linear(16, 3), nn.Linear(3, 16)),
-        gate=nn.Linear(16, 1),
-    )  # fmt: skip
+    def make():
+        return Gated(
+            wide=nn.Linear(16, 16), thin=nn.Sequential(nn.Linear(16, 3), nn.Linear(3, 16)),
+            gate=nn.Linear(16, 1),
+        )  # fmt: skip
+
+    model = make()
     patch_model(model, rank=3, hypernet="direct", interval=1, gamma=0.0)
     assert rank_pattern(model) == {"wide": 5, "thin.0": 3, "thin.1": 3, "gate": 1}
     optimizer = adam(model)
@@ -433,4 +436,8 @@ def test_a_narrow_layer_limits_its_own_rank_alone():
         model(torch.randn(4, 16)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+        save_adapter(model, tmp_path)
+        loaded = load_adapter(make(), tmp_path)
+        assert_equal(state(loaded), state(model))
+        assert loaded.hal.budget == 3 + 3 + 3 + 1
     assert sum(rank_pattern(model).values()) == 3 + 3 + 3 + 1
