@@ -25,6 +25,7 @@ from hal_kernels.introspection import adapter_factors
 from hal_kernels.nn.adapter import HyperAdapter
 from hal_kernels.nn.allocation import INTERVAL
 from hal_kernels.nn.linear import adapted_class, linear_widths
+from hal_kernels.targets import matches
 
 from .peft_config import HyperAdaLoraConfig
 from .peft_model import HyperAdaLoraModel
@@ -66,18 +67,29 @@ def load_adalora(
         raise ValueError(f"{path} holds no checkpoint of PEFT's: {error!r}") from error
     if not isinstance(config, peft.AdaLoraConfig):
         raise ValueError(f"path holds a {type(config).__name__}, expected PEFT's AdaLoraConfig")
+    strange = sorted(key for key in tensors if not key.startswith(LAYERS))
+    if strange:
+        raise ValueError(
+            f"path holds tensors called {strange}, expected names with {LAYERS!r} first"
+        )
     factors = _factors(tensors, model)
     others = {key: value for key, value in tensors.items() if ".lora_" not in key}
     expect_others(model, others)
     try:
         with _unchanged_on_failure(model):
+            heads = [*(config.modules_to_save or ())]
+            _expect_targets(config, model, factors, heads)
             ours = _config(config, factors, is_trainable=is_trainable)
             adapted = peft.get_peft_model(model, ours, adapter_name)
             tuner = _tuner(adapted)
             state = _state(config, tuner._adapter(adapter_name), factors)
             for key, saved in tuner.saved_modules(adapter_name).items():
                 own = {f"{LAYERS}{key}.{k}": v for k, v in saved.items()}
-                state |= own if own.keys().isdisjoint(others) else {}  # heads left alone
+                lacking = sorted(own.keys() - others.keys())
+                if len(lacking) == len(own) and not matches(key, heads):
+                    state |= own  # a head that AdaLoRA left alone
+                elif lacking:
+                    raise ValueError(f"it lacks {lacking}, which AdaLoRA trained in full")
             set_peft_model_state_dict(adapted, state | others, adapter_name)
     except INVALID as error:  # PEFT's own, for what it finds wrong or misses, are of many kinds
         raise ValueError(f"{path} does not fit the model: {error!r}") from error
@@ -217,6 +229,27 @@ def _factors(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str,
     if not factors:
         raise ValueError("path holds no tensors of AdaLoRA's: none is called lora_A")
     return factors
+
+
+def _expect_targets(
+    config: Any, model: nn.Module, factors: Mapping[str, State], heads: list[str]
+) -> None:
+    """Raise ValueError if a list of targets names other layers than a checkpoint has factors of."""
+    targets = config.target_modules
+    if isinstance(targets, str) or config.exclude_modules or config.layers_to_transform is not None:
+        return
+    whole = [name for name, _ in model.named_modules() if matches(name, heads)]
+    lacking = [
+        name
+        for name, module in model.named_modules()
+        if matches(name, targets) and adapted_class(module) is not None and name not in factors
+        if not any(f"{name}.".startswith(f"{head}.") for head in whole)
+    ]
+    if lacking:
+        raise ValueError(f"it lacks the factors of {lacking}, which its target_modules name")
+    unnamed = [name for name in factors if not matches(name, targets)]
+    if unnamed:
+        raise ValueError(f"it holds factors of {unnamed}, which its target_modules do not name")
 
 
 def _config(theirs: Any, factors: Mapping[str, State], *, is_trainable: bool) -> HyperAdaLoraConfig:

@@ -177,11 +177,27 @@ UP, HEAD = "base_model.model.up.0.lora_", "base_model.model.classifier."
             r"'A' for 'up\.0' holds NaN or Inf",
         ),
         (lambda t: t.update({"base_model.model.x": torch.ones(1)}), r"unexpected \['.*model\.x'\]"),
-        (lambda t: t.pop(f"{HEAD}bias"), r"does not fit the model: .*classifier\.bias"),
+        (lambda t: t.pop(f"{HEAD}bias"), r"it lacks \['base_model\.model\.classifier\.bias'\]"),
+        (
+            lambda t: [t.pop(f"{HEAD}{k}") for k in ("weight", "bias")],
+            r"it lacks .*classifier\.bias', .*weight'\], which AdaLoRA trained in full",
+        ),
+        (
+            lambda t: t.update({k.removeprefix("base_model.model."): t.pop(k) for k in [*t]}),
+            r"tensors called \['classifier\.bias', .*'up\.1\.lora_E'\], expected names",
+        ),
+        (
+            lambda t: [t.pop(f"{UP}{k}") for k in "ABE"],
+            r"lacks the factors of \['up\.0'\], which its target_modules name",
+        ),
         (lambda t: t.update({f"{HEAD}bias": torch.ones(4)}), r"bias' .* has shape \(4,\)"),
         (
             lambda t: t.pop("base_model.model.down.1.lora_A"),
             r"'down\.1' don't fit; missing \['A'\]",
+        ),
+        (
+            {"target_modules": ["0"]},
+            r"of \['down\.1', 'up\.1'\], which its target_modules do not",
         ),
         (None, r"holds no checkpoint of PEFT's"),
         (b"\xff" * 64, r"holds no checkpoint of PEFT's"),
@@ -197,6 +213,9 @@ def test_damaged_files(change, message, tmp_path):
         save_file(tensors, file)
     elif change is None:
         (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    elif isinstance(change, dict):
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     else:
         file.write_bytes(change)
     model = case.base()
