@@ -105,6 +105,8 @@ def write_together(folder: Path, files: dict[str, bytes]) -> None:
     """
     first = next(reversed(files))
     with held(folder, list(files)) as locked:
+        if locked:
+            _remove_exchanged(folder.resolve(), files)
         changed = [n for n, data in files.items() if not _holds(folder / n, data)]
         replaces = len(changed) > 1 and (folder / first).exists()
         if replaces and locked and _exchanged(folder.resolve(), files):
@@ -136,12 +138,16 @@ def _temporary(path: Path, data: bytes) -> Iterator[str]:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _exchanged(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether `folder` was exchanged for a new one that holds these files alone."""
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.{_RANDOM}"):  # of killed processes
+def _remove_exchanged(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Remove what killed processes were about to exchange `folder` for, or had exchanged it for."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.{_RANDOM}"):
         inside = [p.name for p in left.iterdir()] if left.is_dir() else [""]
         if all(any(name in (n, f".{n}{name[-9:]}") for n in files) for name in inside):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchanged(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether `folder` was exchanged for a new one that holds these files alone."""
     if {p.name for p in folder.iterdir()} != files.keys() or folder == Path.cwd():
         return False
     try:

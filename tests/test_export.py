@@ -391,6 +391,22 @@ def test_merging_in_peft_equals_merging_here(tmp_path):
 # -- refusals --------------------------------------------------------------------------------------
 
 
+def test_leftovers_of_killed_exports_are_removed(tmp_path):
+    """Also by an export that finds the files as they should be, and has nothing to write."""
+    model, folder = patched(), tmp_path / "lora"
+    export_lora(model, folder)
+    left = tmp_path / ".lora.abcd1234"
+    left.mkdir()
+    (left / ".adapter_model.safetensors.efgh5678").write_bytes(b"half")
+    (folder / ".adapter_config.json.efgh5678").write_bytes(b"half")
+    mine = tmp_path / ".lora.notes123"
+    mine.mkdir()
+    (mine / "notes").touch()
+    export_lora(model, folder)
+    assert sorted(tmp_path.iterdir()) == sorted([mine, folder])
+    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_everything_pruned(tmp_path):
     model = patched()
     prune(model, *range(12))
