@@ -14,6 +14,7 @@ from training import adam, train
 
 import hal_kernels
 import hal_peft
+from hal_kernels.nn.calls import PATIENCE
 
 DEAD = ["first.k", "second.k"]
 KINDS = [
@@ -129,6 +130,36 @@ def test_a_layer_that_had_no_turn_yet():
     assert not found.hal.never_called.any()
     expected = output(found)
     torch.testing.assert_close(output(hal_kernels.merge(found)), expected)
+
+
+def test_a_layer_that_had_its_turn_before_a_resume(tmp_path):
+    """Which layers were called is saved with the adapter."""
+    found = blocks()
+    found.skips = False
+    train(found, adam(found, 1e-2), batches())
+    hal_kernels.save_adapter(found, tmp_path)
+    again = hal_kernels.load_adapter(blocks(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(PATIENCE + 1):
+            train(again, adam(again, 1e-2), [next(batches())])
+    assert not again.hal.never_called.any()
+
+
+def test_a_member_of_a_list_that_had_no_turn_yet():
+    """Experts are called by what comes in: others of their list were."""
+
+    class Experts(models.Holder):
+        def forward(self, x, labels=None):
+            logits = self.classifier(self.experts[0](x))
+            return {"logits": logits, "loss": F.cross_entropy(logits, labels)}
+
+    experts = nn.ModuleList(nn.Linear(models.WIDTH, models.WIDTH) for _ in range(2))
+    found = hal_kernels.patch_model(Experts(experts=experts), 2, hypernet="direct")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(found, adam(found), batches())
+    assert found.hal.never_called.tolist() == [False, True]
 
 
 def test_a_layer_that_never_gets_a_turn():

@@ -40,17 +40,14 @@ class Calls:
         self._told: set[int] = set()
 
     def forward_ended(self, adapter: "HyperAdapter") -> None:
-        """Take stock after a whole forward pass in training.
-
-        What was called before this process began is known from a checkpoint.
-        """
+        """Take stock after a whole forward pass in training."""
         if len(self.idle) != self._noted:
+            if adapter.steps > 0:  # a checkpoint knows what was called before this process began
+                self.idle &= set(adapter.never_called.nonzero().flatten().tolist())
             self._noted = len(self.idle)
             idle = torch.zeros(len(self.names), dtype=torch.bool)
             idle[list(self.idle)] = True
-            idle = idle.to(adapter.never_called.device)
-            known = idle if adapter.steps == 0 else adapter.never_called & idle
-            adapter.never_called.copy_(known)
+            adapter.never_called.copy_(idle)
             self._tell(adapter, self._beside_called())
         if adapter.steps == PATIENCE and self.idle - self._told:
             self._tell(adapter, self.idle)
