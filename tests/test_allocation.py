@@ -451,3 +451,6 @@ def test_the_first_step_says_when_the_budget_will_be_met(caplog):
         quiet = hal_kernels.patch_model(models.net(), 2, hypernet="direct", **options)
         train(quiet, adam(quiet), batches(quiet, 1))
     assert not caplog.records
+    short = hal_kernels.patch_model(models.net(), 2, hypernet="direct", total_step=50, interval=60)
+    train(short, adam(short), batches(short, 1))
+    assert [record.args[-1] for record in caplog.records] == [60]

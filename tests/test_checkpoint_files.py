@@ -130,6 +130,27 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hal.lam", torch.nan), ("hal.p_16", torch.inf), ("classifier.bias", torch.nan)],
+)
+def test_what_no_training_goes_on_from_is_not_saved(name, value, tmp_path):
+    model = patched()
+    model.get_parameter(name).data[0] = value
+    message = rf"'{name.rpartition('.')[2]}' for .* holds NaN or Inf"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_infinity_in_a_module_trained_in_full(tmp_path):
+    """It may be meant: a bias of -Inf rules a class out."""
+    model = patched()
+    model.classifier.bias.data[0] = -torch.inf
+    save_adapter(model, tmp_path)
+    assert_equal(state(load_adapter(models.net(), tmp_path)), state(model))
+
+
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 def test_a_full_disk_leaves_the_former_checkpoint(call, saved, tmp_path, monkeypatch):
     model, folder = saved
@@ -267,6 +288,17 @@ def forged_rank(rank):
     return change
 
 
+def forged_patterns(rank, init_rank):
+    """With a rank_pattern, layers may start with other ranks than the configuration's."""
+
+    def change(header):
+        header["config"] |= {"rank": rank, "init_rank": init_rank, "rank_pattern": {"up.0": 3}}
+        for layer in header["layers"]:
+            layer["scaling"] = 8 / rank
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -315,7 +347,10 @@ def forged_rank(rank):
         (drop("layers"), r"'layers'"),
         (drop("config"), r"'config'"),
         (drop("saved_modules"), r"'saved_modules'"),
+        (forged_patterns(rank=4, init_rank=5), r"start with 12 directions, expected at least 16"),
+        (forged_patterns(rank=2, init_rank=None), r"init_rank is None, expected an int"),
         (put("saved_modules", 3), r"not a valid checkpoint"),
+        (put("saved_modules", {"classifier": 1}), r"saved_modules is {.*}, expected a list"),
         (put("saved_modules", []), r"classifier"),
         (put("saved_modules", ["head"]), r"'head'"),
         (put("saved_modules", ["up.0"]), r"'up\.0'"),
@@ -384,6 +419,17 @@ def test_altered_tensors(tensors, message, saved, tmp_path):
     folder = copied(saved[1], tmp_path)
     rewrite(folder, tensors=tensors)
     refuse(folder, message)
+
+
+def test_sketches_that_hold_nan(tmp_path):
+    """In the first steps, what was seen of the gradients follows the step counter."""
+    model = hal_kernels.patch_model(models.net(), 2, hypernet="bert", seed=1)
+    train(model, adam(model), batches(model, 1))
+    save_adapter(model, tmp_path)
+    rewrite(tmp_path, tensors=lambda t: t["hal._extra_state"][-1:].fill_(torch.nan))
+    plain = models.net()
+    with unchanged(plain), pytest.raises(ValueError, match="_extra_state holds NaN or Inf"):
+        load_adapter(plain, tmp_path)
 
 
 @pytest.mark.parametrize("original", ["[]", "3", "null", "[" * 100_000, "{", "{}"], ids=len)

@@ -132,6 +132,17 @@ def test_a_new_head_that_is_left_out_is_told_of(base):
         hal_kernels.patch_model(other, 2, hypernet="direct")
 
 
+@pytest.mark.parametrize("base", ["bert"], indirect=True)
+def test_new_embeddings_are_told_of(base):
+    """They are too large to be trained unasked, and new where the vocabulary was extended."""
+    model = hf.AutoModelForSequenceClassification.from_pretrained(
+        base, vocab_size=80, num_labels=models.CLASSES, ignore_mismatched_sizes=True
+    )
+    with pytest.warns(UserWarning, match=r"word_embeddings\.weight: not in the checkpoint"):
+        hal_kernels.patch_model(model, 2, hypernet="direct")
+    assert list(model.hal.saved_modules) == ["classifier"]
+
+
 def test_what_the_user_trains_besides_is_told_of_when_it_is_not_saved(tmp_path):
     model = hal_kernels.patch_model(models.bert(), 2, hypernet="direct")
     model.bert.embeddings.LayerNorm.requires_grad_(True)

@@ -47,6 +47,26 @@ def test_from_pretrained_gives_the_base_and_load_adapter_the_rest(options, tmp_p
         assert torch.equal(predict(loaded), base)
 
 
+def test_a_state_dict_that_the_caller_gathered(tmp_path):
+    """As Trainer passes one of a sharded model: its file is the base model's all the same."""
+    model = models.bert()
+    base, names = predict(model), set(model.state_dict())
+    trained(model)
+    with pytest.warns(UserWarning, match=r"will give the base model"):
+        model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    assert keys(tmp_path) == names
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(predict(loaded), base)
+    assert torch.equal(predict(hal_kernels.load_adapter(loaded, tmp_path)), predict(model))
+
+
+def test_one_process_writes_the_adapter(tmp_path):
+    model = trained(models.bert())
+    with pytest.warns(UserWarning, match=r"will give the base model"):
+        model.save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "adapter.json").exists()
+
+
 def test_a_copy_saves_itself(tmp_path):
     model = trained(models.llama(tie_word_embeddings=True))
     copied = copy.deepcopy(model)

@@ -96,6 +96,35 @@ def test_an_adapter_moved_to_another_dtype(dtype, tmp_path):
     assert_equal(state(loaded), state(model))
 
 
+@pytest.mark.parametrize("options", [{}, {"init_rank": 3}, {"rank_pattern": {"wide": 4}}], ids=str)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
+def test_layers_narrower_than_the_rank(hypernet, options, tmp_path):
+    """A gate or a value head has a rank of its own."""
+
+    def make():
+        torch.manual_seed(0)
+        thin = nn.Sequential(nn.Linear(16, 1), nn.Linear(1, 16))
+        return models.Holder(wide=nn.Linear(16, 16), thin=thin)
+
+    model = patched(make(), rank=3, hypernet=hypernet, interval=1, **options)
+    train(model, adam(model), batches(model, 3))
+    save_adapter(model, tmp_path)
+    for target in (make(), patched(make(), rank=3, hypernet=hypernet, interval=1, **options)):
+        loaded = load_adapter(target, tmp_path)
+        assert_equal(state(loaded), state(model))
+        assert hal_kernels.rank_pattern(loaded) == hal_kernels.rank_pattern(model)
+
+
+def test_layers_that_are_one_layer_here(tmp_path):
+    model = models.Holder(first=nn.Linear(16, 16), second=nn.Linear(16, 16))
+    other = copy.deepcopy(model)
+    save_adapter(patched(model), tmp_path)
+    other.second = other.first
+    message = r"adapts one layer under several names of \['first', 'second'\]"
+    with unchanged(other), pytest.raises(ValueError, match=message):
+        load_adapter(other, tmp_path)
+
+
 def test_a_modules_buffers_come_back(tmp_path):
     def make():
         torch.manual_seed(0)

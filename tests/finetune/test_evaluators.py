@@ -145,6 +145,15 @@ def test_train_on_one_set_and_test_on_another(hub):
         finetune_data.load(DataOptions(model="m", dataset="openai_humaneval"), seed=0)
 
 
+def test_a_data_set_without_a_row(hub):
+    import datasets
+
+    empty = datasets.Dataset.from_dict({"prompt": [], "completion": []})
+    hub["me/empty", None, "train"] = empty
+    with pytest.raises(OptionsError, match=r"me/empty.*: holds no row"):
+        finetune_data.load(DataOptions(model="m", dataset="me/empty"), seed=0)
+
+
 HUMANEVAL = {"prompt": "def f():", "canonical_solution": "", "test": "", "entry_point": "f"}
 
 
@@ -307,11 +316,17 @@ def test_what_passes_between_tests_and_program():
     tests = f"for v in {values}:\n    assert f(v) == v and type(f(v)) is type(v), v"
     assert runs("def f(x):\n    return x", tests)
     assert runs("def f(*, x):\n    yield from x", "assert tuple(f(x=[1, 2])) == (1, 2)")
-    tests = "try:\n    f(1)\nexcept KeyError:\n    pass\nelse:\n    assert False"
-    assert runs("def f(x):\n    return {}[x]", tests)
+    tests = "try:\n    f(1)\nexcept IndexError:\n    pass\nelse:\n    assert False"
+    assert runs("def f(x):\n    return [][x]", tests)
     assert not runs(ADDS, tests)
     head = "import math\ndef half(x):\n    return x / 2\n"
     assert runs(head + "def f(x):\n    return half(x)", "assert f(3) == half(3)", head=head)
+
+
+def test_the_judge_has_limits_too():
+    """What a program returns could fill its memory."""
+    tests = "import resource\nassert resource.getrlimit(resource.RLIMIT_AS)[0] == 512 << 20"
+    assert runs(ADDS, tests)
 
 
 @needs_proc

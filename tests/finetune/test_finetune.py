@@ -214,6 +214,18 @@ def test_classifiers_of_every_family(method, family, finetune, tmp_path):
     assert heads == HEADS[family]
 
 
+def test_layers_narrower_than_the_rank(finetune, tmp_path):
+    """Keys and values here are: the card counts the directions that each layer starts with."""
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    model, out = save_model("llama", tmp_path / "model"), tmp_path / "out"
+    data = write_jsonl(tmp_path / "rows.jsonl", LABELLED * 4)
+    arguments = ("--model", model, "--train-file", data, "--output-dir", out, *BRIEF, "--rank", 6)
+    assert finetune(*arguments) == 0
+    assert "122 directions at first, 84 kept" in (out / "README.md").read_text()
+    hal_kernels.load_adapter(Auto.from_pretrained(model), out / "adapter")
+
+
 def test_instructions(finetune, llama_folder, instructions, tmp_path, capsys):
     status = finetune(
         "--model", llama_folder, "--train-file", instructions, "--held-out", 4, *RECIPE,
@@ -265,6 +277,19 @@ def test_errors_are_one_line(arguments, message, finetune, capsys, monkeypatch):
     assert finetune(*arguments) == 2
     said = capsys.readouterr().err
     assert "hal-finetune: error: " in said and message in said
+
+
+def test_errors_of_several_lines_are_one(finetune, capsys, monkeypatch):
+    """As transformers' pages of advice are."""
+    from hal_peft.finetune_options import OptionsError
+
+    def fail(*_):
+        raise OptionsError("not a model\n  If this is a private repository, …")
+
+    monkeypatch.setattr("hal_peft.finetune._run", fail)
+    assert finetune("--model", "x", "--dataset", "gsm8k") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == "hal-finetune: error: not a model If this is a private repository, …"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ CASES = {
     },
     "svd_linear_group": grouped | {"scaling": 0.5},
     "svd_linear_penalty": layer() | {"mask": mask, "scaling": 0.5},
-    "svd_adapter_add": adapter | {"y": torch.randn(T, D_OUT), "seed": seed, "dropout": 0.5},
+    "svd_adapter_add": adapter | {
+        "y": torch.randn(T, D_OUT), "seed": seed, "dropout": 0.5, "scaling": 0.5,
+    },
     "orthogonality_penalty": {
         "factors": packed()[::2], "offsets": [ends, ends], "max_ranks": [R, R], "weight": 0.5,
     },
@@ -154,3 +156,19 @@ def test_numbers_that_no_operator_takes(name):
 def test_empty_lists():
     with pytest.raises(ValueError, match=r"importance is empty, expected at least one tensor"):
         ops.update_importance_([], [], [], [])
+
+
+LISTS = [
+    ("orthogonality_penalty", "factors"),
+    ("importance_scores", "importance"),
+    ("importance_scores", "uncertainty"),
+    *(("update_importance_", n) for n in ("importance", "uncertainty", "values", "gradients")),
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), LISTS)
+def test_lists_that_are_none(name, argument):
+    good = copy.deepcopy(CASES[name])
+    for value, error in ((torch.rand(3, 2), TypeError), ({}, TypeError), ([], ValueError)):
+        with pytest.raises(error, match=rf"{argument} is (a|empty).*, expected (a list|at least)"):
+            getattr(ops, name)(**good | {argument: value})

@@ -199,7 +199,8 @@ UP, HEAD = "base_model.model.up.0.lora_", "base_model.model.classifier."
             {"target_modules": ["0"]},
             r"of \['down\.1', 'up\.1'\], which its target_modules do not",
         ),
-        (None, r"holds no checkpoint of PEFT's"),
+        ("[" * 100_000, r"holds no checkpoint of PEFT's"),
+        ("[]", r"holds no checkpoint of PEFT's"),
         (b"\xff" * 64, r"holds no checkpoint of PEFT's"),
     ],
 )
@@ -211,8 +212,8 @@ def test_damaged_files(change, message, tmp_path):
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file)
-    elif change is None:
-        (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    elif isinstance(change, str):
+        (tmp_path / "adapter_config.json").write_text(change)
     elif isinstance(change, dict):
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
