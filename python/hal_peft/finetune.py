@@ -18,7 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .finetune_options import DataOptions, MethodOptions, OptionsError, RunOptions, parse
+from .finetune_options import (
+    ON_KERNELS,
+    DataOptions,
+    MethodOptions,
+    OptionsError,
+    RunOptions,
+    parse,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +50,7 @@ def _run(data: DataOptions, method: MethodOptions, run: RunOptions) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint = get_last_checkpoint(str(out))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OptionsError(f"--output_dir {out}: {error}") from error
     if checkpoint and run.do_train and not run.resume and not run.resume_from_checkpoint:
         raise OptionsError(f"--output_dir {out} holds a run: --resume goes on with it")
@@ -72,6 +79,10 @@ def _run(data: DataOptions, method: MethodOptions, run: RunOptions) -> int:
         if len(train) < len(task.train):
             left = f"{len(task.train) - len(train)} of {len(task.train)} rows left out"
             _say(run, f"{left}: their prompt takes {data.max_length} tokens, or more")
+    metrics_known = ["loss", "accuracy"] if names else ["loss"]
+    best = run.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in metrics_known:
+        raise OptionsError(f"--metric_for_best_model is {best!r}, expected one of {metrics_known}")
     steps = _total_steps(len(train), run)
     if run.do_train and run.get_warmup_steps(steps) >= steps:
         _say(run, f"warm-up takes {run.warmup_steps:g} of {steps} steps: see --warmup_steps")
@@ -88,19 +99,22 @@ def _run(data: DataOptions, method: MethodOptions, run: RunOptions) -> int:
         model, method, classifies=names is not None, total_steps=steps, seed=run.seed
     )
     set_seed(run.seed)
-    trainer = AdapterTrainer(
-        model,
-        run,
-        data_collator=collate,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        compute_metrics=_accuracy if names else None,
-        preprocess_logits_for_metrics=_predicted if names else None,
-        callbacks=[finetune_model.AllocateRanks()] if method.method == "adalora-peft" else None,
-        head_learning_rate=method.head_learning_rate,
-        metrics_file=out / "metrics.jsonl",
-    )
+    try:
+        trainer = AdapterTrainer(
+            model,
+            run,
+            data_collator=collate,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            compute_metrics=_accuracy if names else None,
+            preprocess_logits_for_metrics=_predicted if names else None,
+            callbacks=[finetune_model.AllocateRanks()] if method.method == "adalora-peft" else None,
+            head_learning_rate=method.head_learning_rate,
+            metrics_file=out / "metrics.jsonl",
+        )
+    except Exception as error:  # any kind: of accelerate, trackers that are not installed, the hub
+        raise OptionsError(str(error) or repr(error)) from error
     if names is not None:
         # Classifiers take num_items_in_batch, but divide by nothing: without this, the micro-
         # batches of an accumulated step would add up instead of being averaged.
@@ -115,9 +129,11 @@ def _run(data: DataOptions, method: MethodOptions, run: RunOptions) -> int:
         except ImportError as error:  # what an option of TrainingArguments needs
             raise OptionsError(str(error)) from error
         except Exception as error:
-            if begins.begun or resumed is None or isinstance(error, OptionsError):
+            if begins.begun or isinstance(error, OptionsError):
                 raise
-            raise OptionsError(f"the run can't go on from {resumed}: {error}") from error
+            # Of an option, as of optimizer and scheduler, or of what is resumed.
+            where = f"the run can't go on from {resumed}: " if resumed else ""
+            raise OptionsError(f"{where}{str(error) or repr(error)}") from error
         _save(trainer, method.method, out)
     metrics = {}
     if run.do_eval:
@@ -203,8 +219,6 @@ def _save(trainer: Any, method: str, out: Path) -> None:
     """The trained weights: the adapter, and beside it as plain LoRA; or the whole model."""
     import hal_kernels
 
-    from .finetune_model import ON_KERNELS
-
     trainer.save_model(str(out / ("model" if method == "full" else "adapter")))
     if method in ON_KERNELS and trainer.is_world_process_zero():
         hal_kernels.export_lora(trainer.accelerator.unwrap_model(trainer.model), out / "lora")
@@ -212,8 +226,6 @@ def _save(trainer: Any, method: str, out: Path) -> None:
 
 def _initial(before: dict[str, int], model: Any, method: str) -> dict[str, int]:
     """Ranks at the start of the run, also of a resumed one."""
-    from .finetune_model import ON_KERNELS
-
     if method in ON_KERNELS:
         config, layers = model.hal.config, model.hal.layout.layers
         return {s.name: config.init_rank_of(s.name, min(s.d_in, s.d_out)) for s in layers}

@@ -17,10 +17,7 @@ from transformers import (
 import hal_kernels
 from hal_kernels.targets import saved_module_names, target_layers
 
-from .finetune_options import DataOptions, MethodOptions, OptionsError
-
-ON_KERNELS = ("hyperadalora", "adalora")
-"""Methods that `hal_kernels.patch_model` provides; the others are PEFT's, or none."""
+from .finetune_options import ON_KERNELS, DataOptions, MethodOptions, OptionsError
 
 
 def load_base(options: DataOptions, label_names: list[str] | None, *, full: bool, seed: int) -> Any:
@@ -57,7 +54,7 @@ def load_base(options: DataOptions, label_names: list[str] | None, *, full: bool
 
 def _reason(error: Exception, label_names: list[str] | None) -> str:
     """Why a model can't be loaded, in a sentence where transformers says a page or too little."""
-    words = str(error)
+    words = str(error) or repr(error)
     if words.startswith("Unrecognized configuration class"):
         use = "causal language model" if label_names is None else "text classifier"
         return f"transformers has no {use} of this architecture"

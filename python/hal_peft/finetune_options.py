@@ -12,6 +12,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 METHODS = ("hyperadalora", "adalora", "adalora-peft", "lora", "full")
+ON_KERNELS = ("hyperadalora", "adalora")
+"""Methods that `hal_kernels.patch_model` provides; the others are PEFT's, or none."""
 
 
 class OptionsError(Exception):
@@ -146,7 +148,7 @@ def parse(argv: list[str]) -> Options:
 
     try:
         data, method, run = made(DataOptions), made(MethodOptions), made(RunOptions)
-    except (ValueError, ImportError) as error:  # TrainingArguments': what doesn't go together
+    except Exception as error:  # TrainingArguments', of any kind: what doesn't go together
         raise OptionsError(str(error)) from error
     _check(data, method, run)
     return data, method, run
@@ -202,9 +204,21 @@ def _check(data: DataOptions, method: MethodOptions, run: RunOptions) -> None:
     ):  # fmt: skip
         if counts[name] is not None and counts[name] < 1:
             raise OptionsError(f"--{name} is {counts[name]}, expected at least 1")
+        if counts[name] is not None and counts[name] >= 2**31:
+            raise OptionsError(f"--{name} is {counts[name]}, expected less than 2**31")
+    if not 0 <= run.seed < 2**32:
+        raise OptionsError(f"--seed is {run.seed}, expected 0 to 2**32 - 1")
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        chosen = getattr(run, name, None)
+        if method.method in ON_KERNELS and isinstance(chosen, dict) and chosen.get("use_reentrant"):
+            raise OptionsError(
+                f"--{name} chooses reentrant checkpointing, under which the adapter of --method "
+                f'{method.method} can\'t train: expected {{"use_reentrant": false}}'
+            )
     rates = {
         "learning_rate": run.learning_rate, "head_learning_rate": method.head_learning_rate,
         "num_train_epochs": run.num_train_epochs if run.max_steps <= 0 else None,
+        "neftune_noise_alpha": run.neftune_noise_alpha,
     }  # fmt: skip
     for name, value in rates.items():
         if value is not None and not 0 < value < math.inf:

@@ -330,7 +330,16 @@ LONG = {"sentence": "very " * 70, "label": 1}
         ("roberta", {}, [{"sentence": "ä", "label": i} for i in (0, 1)], [], "but special tokens"),
         ("gpt2", {}, LABELLED, ["--output-dir", "model/config.json"], "--output_dir model/config"),
         ("gpt2", {}, LABELLED, ["--output-dir", "model/config.json/x"], "Not a directory"),
+        ("gpt2", {}, LABELLED, ["--output-dir", "a\0b"], "embedded null byte"),
         ("gpt2", {}, LABELLED, ["--resume-from-checkpoint", "no"], "can't go on from no: "),
+        ("gpt2", {}, LABELLED, ["--report-to", "azure_ml"], "requires azureml to be installed"),
+        ("gpt2", {}, LABELLED, ["--report-to", "nothing"], "nothing is not supported"),
+        ("gpt2", {}, LABELLED, ["--fsdp", "full_shard"], "only works in distributed training"),
+        ("gpt2", {}, LABELLED, ["--optim", "adamw_torch_xla"], "failed to import"),
+        ("gpt2", {}, LABELLED, ["--adam-beta1", 2], "Invalid beta parameter at index 0: 2.0"),
+        ("gpt2", {}, LABELLED, ["--lr-scheduler-kwargs", '{"x": 1}'], "keyword argument 'x'"),
+        ("gpt2", {}, LABELLED, ["--metric-for-best-model", "x"], "one of ['loss', 'accuracy']"),
+        ("gpt2", {}, ASKED, ["--metric-for-best-model", "accuracy"], "expected one of ['loss']"),
         ("gpt2", {}, LABELLED, ["--method", "lora", "--alpha", 0], "alpha is 0.0, expected more"),
         (
             "gpt2", {}, LABELLED, ["--method", "adalora-peft", "--init-rank", 2],
@@ -357,6 +366,11 @@ def _break_weights(folder):
     (folder / "model.safetensors").write_bytes(b"nothing")
 
 
+def _pickle_weights(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
 def _break_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{}")
 
@@ -378,6 +392,7 @@ def _train_another_classifier(folder):
     [
         (_break_config, "is not a valid JSON file"),
         (_break_weights, "header too small"),
+        (_pickle_weights, "EOFError"),
         (_break_tokenizer, "its tokenizer can't be loaded"),
         (_drop_pad_token, "neither a padding nor an end-of-text token: set its pad_token"),
         (_train_another_classifier, "a classifier of other labels than the data's 2 ('0', '1')"),

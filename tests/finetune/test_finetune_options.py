@@ -74,6 +74,15 @@ def test_the_command_line_is_checked(arguments, capsys):
         (["--learning-rate", "nan"], "--learning_rate is nan, expected more than 0"),
         (["--head-learning-rate", "-1"], "--head_learning_rate is -1.0"),
         (["--num-train-epochs", "0"], "--num_train_epochs is 0.0"),
+        (["--max-length", str(10**20)], r"--max_length is 1\d*, expected less than 2\*\*31"),
+        (["--seed", "-1"], "--seed is -1, expected 0 to"),
+        (["--seed", str(2**32)], "--seed is 4294967296, expected 0 to"),
+        (["--neftune-noise-alpha", "-1"], "--neftune_noise_alpha is -1.0"),
+        (["--accelerator-config", '{"x": 1}'], "unexpected keyword argument 'x'"),
+        (
+            ["--gradient-checkpointing-kwargs", '{"use_reentrant": true}'],
+            "reentrant checkpointing, under which the adapter of --method hyperadalora can't",
+        ),
     ],
 )
 def test_numbers_that_cannot_be(arguments, message):
