@@ -31,12 +31,16 @@ def saved(tmp_path_factory):
 # -- round trips -----------------------------------------------------------------------------------
 
 
-KINDS = [("direct", "anchor")]  # update has no meaning there
-KINDS += [(h, u) for h in ("bert", "mlp", "cnn") for u in ("anchor", "replace", "residual")]
+SCORES = ("sensitivity", "ema", "magnitude")
+KINDS = [("direct", "anchor", score) for score in SCORES]  # update has no meaning there
+KINDS += [
+    (hypernet, update, SCORES[(i + j) % 3])  # every pair of two options
+    for i, hypernet in enumerate(("bert", "mlp", "cnn"))
+    for j, update in enumerate(("anchor", "replace", "residual"))
+]
 
 
-@pytest.mark.parametrize("allocation", ["sensitivity", "ema", "magnitude"])
-@pytest.mark.parametrize(("hypernet", "update"), KINDS)
+@pytest.mark.parametrize(("hypernet", "update", "allocation"), KINDS)
 def test_everything_comes_back(hypernet, update, allocation, tmp_path):
     options = {"init_rank": 3, "interval": 2, "dropout": 0.1, "prune_per_interval": 2}
     options |= {"hypernet": hypernet, "update": update, "allocation": allocation}

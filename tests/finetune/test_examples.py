@@ -2,6 +2,7 @@
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,21 @@ LAUNCHER = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"
 LAUNCHER += ["--main_process_port", "0"]  # a free one
 
 
-def run(script, *arguments, launcher=()):
-    """A script's output; it must end well."""
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a script as python does, in this process; returns its output."""
+
+    def run(script, *arguments):
+        path = EXAMPLES / script
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def launched(script, *arguments, launcher):
+    """The output of several processes, which must end well."""
     paths = [str(EXAMPLES.parents[1]), str(EXAMPLES.parent)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -34,13 +48,13 @@ def test_every_example_is_run_here():
     assert all(f'"{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
 
 
-def test_plain_loop(tmp_path):
+def test_plain_loop(run, tmp_path):
     said = run("plain_loop.py", "--steps", 40, "--out", tmp_path)
     assert "directions kept" in said
     assert (tmp_path / "adapter.json").exists()
 
 
-def test_trainer_on_rte(bert_folder, tmp_path):
+def test_trainer_on_rte(run, bert_folder, tmp_path):
     from .tiny import write_jsonl
 
     row = {"sentence1": "the film was good", "sentence2": "it was a film", "label": "entailment"}
@@ -58,7 +72,7 @@ def test_trainer_on_rte(bert_folder, tmp_path):
     assert (tmp_path / "lora" / "adapter_config.json").exists()
 
 
-def test_sft_on_alpaca(instructions, tmp_path):
+def test_sft_on_alpaca(run, instructions, tmp_path):
     pytest.importorskip("trl")
     options = ("--steps", 3, "--batch-size", 2, "--rows", 8, "--max-length", 256)
     said = run("sft_alpaca.py", instructions, *options, "--out", tmp_path)
@@ -68,12 +82,12 @@ def test_sft_on_alpaca(instructions, tmp_path):
 
 def test_accelerate_launch(tmp_path):
     options = ("--steps", 20, "--out", tmp_path)
-    said = run("accelerate_loop.py", *options, launcher=LAUNCHER)
+    said = launched("accelerate_loop.py", *options, launcher=LAUNCHER)
     assert "2 processes" in said and "39 directions" in said  # 13 layers of rank 3
     assert (tmp_path / "adapter.json").exists()
 
 
-def test_fused_layer():
+def test_fused_layer(run):
     lines = run("fused_layer.py").splitlines()
     first, last = (float(lines[index].rpartition(" ")[2]) for index in (0, -1))
     assert last < first

@@ -104,10 +104,13 @@ def test_matches_the_reference(kind, norm_first):
     check(tokens, parameters, make_keys(tokens, kind), norm_first=norm_first)
 
 
+RANKS = [(1, 40), (3, 12), (8, 5), (16, 3), (17, 3), (64, 2), (128, 1)]
+SIXTEEN_BITS = [(3, 12, torch.bfloat16), (3, 12, torch.float16), (17, 3, torch.bfloat16)]
+
+
 @pytest.mark.parametrize(
-    "rank, matrices", [(1, 40), (3, 12), (8, 5), (16, 3), (17, 3), (64, 2), (128, 1)]
+    "rank, matrices, dtype", [*((*rank, torch.float32) for rank in RANKS), *SIXTEEN_BITS]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @BOTH
 def test_any_rank(dtype, rank, matrices, norm_first):
     """Several blocks of matrices, the last one not full; and matrices of several tiles."""
