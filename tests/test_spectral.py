@@ -98,7 +98,8 @@ def test_the_learning_rate_is_the_optimizers():
     train(model, optimizer, batches(model, 1))
     for name, new in deltas(model).items():
         length = torch.linalg.matrix_norm(new - old[name], 2)
-        assert 0.0 < length <= RATE * 2e-3 * max(new.shape) ** 0.5 * 1.001
+        eta = RATE * 2e-3 * max(new.shape) ** 0.5 * model.hal.log_gain.exp()
+        assert 0.0 < length <= 1.001 * eta
 
 
 def test_weight_decay_acts_on_delta():
@@ -205,7 +206,7 @@ def test_score_is_that_of_lambda():
     model = patched(models.net(), update="spectral", hypernet="direct", init_rank=3)
     direct = patched(models.net(), hypernet="direct", init_rank=3, gamma=0.0)
     direct.hal.load_state_dict(
-        {k: v for k, v in model.hal.state_dict().items() if not k.startswith("momentum")}
+        {k: v for k, v in model.hal.state_dict().items() if k in direct.hal.state_dict()}
     )
     lam = torch.linspace(0.1, 1.0, model.hal.lam.numel())
     scores = {}
@@ -222,6 +223,13 @@ def test_score_is_that_of_lambda():
             )
             optimizer.step()
     torch.testing.assert_close(scores["spectral"], scores["direct"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("lr", "sign"), [(1e-4, 1), (0.3, -1)])
+def test_steps_too_short_grow_and_too_long_ones_shrink(lr, sign):
+    model = spectral()
+    train(model, adamw(model, lr), [models.batch(model, 16)] * 10)
+    assert sign * model.hal.log_gain > 0.05
 
 
 @pytest.mark.parametrize("at", [0, 3, 7])

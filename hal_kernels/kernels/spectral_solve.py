@@ -17,6 +17,7 @@ INSIDE = tl.constexpr(1e-10)
 ZERO = tl.constexpr(1e-11)
 CLOSE = tl.constexpr(1e-14)  # cosine of two columns that are turned no more
 SWEEPS = tl.constexpr(30)
+HIGHEST_GAIN = tl.constexpr(2.5)
 
 
 @triton.jit
@@ -198,15 +199,31 @@ def store_some(pointer, places, values, count):
     tl.store(pointer + places, values, mask=places < count)
 
 
+@triton.jit
+def learned(log_gain, totals, cosines, rate, count, BM: tl.constexpr):
+    """The gain's logarithm after this step: `ops.spectral_step.next_gain`."""
+    found, known = tl.zeros([BM], tl.float64), tl.zeros([BM], tl.float64)
+    for start in range(0, count, BM):
+        o = start + tl.arange(0, BM)
+        total = tl.load(totals + o, mask=o < count, other=0.0)
+        cosine = tl.load(cosines + o, mask=o < count, other=0.0)
+        used = (total > 0.0) & (total - total == 0.0) & (cosine == cosine)
+        found += tl.where(used, cosine, 0.0)
+        known += used.to(tl.float64)
+    mean = tl.sum(found) / tl.maximum(tl.sum(known), 1.0)
+    gain = tl.load(log_gain).to(tl.float32).to(tl.float64) + rate * mean
+    return tl.minimum(tl.maximum(gain, -HIGHEST_GAIN), HIGHEST_GAIN)
+
+
 @triton.jit(do_not_specialize=["n", "max_rank"])
 def solve_kernel(
-    grams, totals, lam, mask, eta, scaling, decay, rows_p, rows_q, offsets, transforms, moves,
-    candidates, n, max_rank, R: tl.constexpr, BM: tl.constexpr,
+    grams, totals, cosines, log_gain, next_gain, gain_rate, lam, mask, eta, scaling, decay, rows_p,
+    rows_q, offsets, transforms, moves, candidates, n, max_rank, R: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """One layer: Λ⁺, its candidates, and for each side T and whether it moves.
 
-    grams: [2, n, 3, R, R] (PPᵀ, mPᵀ, mmᵀ) and totals: [2, n], by side in the order of its matrices;
-    transforms: [2, n, 3, R, R] (P⁺ of P and of m, m⁺ of m), moves: [2, n] likewise.
+    grams: [2, n, 3, R, R] (PPᵀ, vPᵀ, vvᵀ), totals, cosines: [2, n], by side in its matrices' order;
+    transforms: [2, n, 3, R, R] (P⁺ of P and of v, m⁺ of m), moves: [2, n] likewise.
     """
     layer = tl.program_id(0)
     o = tl.arange(0, R)
@@ -224,6 +241,11 @@ def solve_kernel(
         kept = kept & (tl.load(mask + first + o, mask=real, other=0.0).to(tl.float32) > 0.0)
     b_lam = tl.load(lam + first + o, mask=kept, other=0.0).to(tl.float32).to(tl.float64) * s
     half = tl.load(eta + layer).to(tl.float64) * -0.5
+    if log_gain is not None:
+        gain = learned(log_gain, totals, cosines, gain_rate, 2 * n, BM)
+        half *= tl.exp(gain)
+        if layer == 0:  # the others read the old one
+            tl.store(next_gain, gain)
     values = b_lam * tl.load(decay + layer).to(tl.float64)
     of_p, of_q = tl.load(g_p), tl.load(g_q)
     mp_p, mp_q = tl.load(g_p + R * R), tl.load(g_q + R * R)

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """The spectral step of all layers in three launches, for ranks up to 16.
 
-    gram_kernel    Gram matrices of [P; βm + L], one program a matrix
+    gram_kernel    Gram matrices of [P; v], v = β(βm + L) + L, one program a matrix
     solve_kernel   the small problems, one program a layer (`spectral_solve`)
     write_kernel   P⁺ and m⁺, a program for some columns of a matrix
 
@@ -53,10 +53,10 @@ def load_rows(pointer, o_rows, o_k, m):
 
 @triton.jit
 def gram_kernel(
-    factors, momenta, gradients, offsets, grams, totals, starts, firsts, skips, widths, beta,
-    N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    factors, momenta, gradients, offsets, grams, totals, cosines, starts, firsts, skips, widths,
+    beta, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """PPᵀ, mPᵀ and mmᵀ of one matrix, m = βm + L, and Σ|L|."""
+    """PPᵀ, vPᵀ and vvᵀ of one matrix, v = β(βm + L) + L, Σ|L|, and the cosine between L and m."""
     pid = tl.program_id(0)
     entry = entry_of(pid, starts, N)
     width = chosen(widths, entry, N)
@@ -68,30 +68,44 @@ def gram_kernel(
     o_rows = (first + o_r)[:, None] * width
     ff, mf = tl.zeros([R, R], tl.float64), tl.zeros([R, R], tl.float64)
     mm = tl.zeros([R, R], tl.float64)
-    total = tl.zeros([R, BK], tl.float64)
+    total, along = tl.zeros([R, BK], tl.float64), tl.zeros([R, BK], tl.float64)
+    of_g, of_n = tl.zeros([R, BK], tl.float64), tl.zeros([R, BK], tl.float64)
     for k in range(0, width, BK):
         o_k = k + tl.arange(0, BK)[None, :]
         m = (o_r < rank)[:, None] & (o_k < width)
         f, g = load_rows(p_f, o_rows, o_k, m), load_rows(p_g, o_rows, o_k, m)
-        v = load_rows(p_m, o_rows, o_k, m) * beta + g
+        n = load_rows(p_m, o_rows, o_k, m)
+        v = (n * beta + g) * beta + g
         ff += tl.sum(f[:, None, :] * f[None, :, :], 2)
         mf += tl.sum(v[:, None, :] * f[None, :, :], 2)
         mm += tl.sum(v[:, None, :] * v[None, :, :], 2)
         total += tl.abs(g)
+        along += n * g
+        of_g += g * g
+        of_n += n * n
     p_gram = grams + pid.to(tl.int64) * 3 * R * R + o_r[:, None] * R + o_r[None, :]
     tl.store(p_gram, ff)
     tl.store(p_gram + R * R, mf)
     tl.store(p_gram + 2 * R * R, mm)
+    norms = tl.sqrt(tl.sum(of_g)) * tl.sqrt(tl.sum(of_n))
     tl.store(totals + pid, tl.sum(total))
+    tl.store(cosines + pid, tl.sum(along) / tl.where(norms == 0.0, 1.0, norms))
 
 
 @triton.jit
 def write_kernel(
-    factors, momenta, gradients, offsets, transforms, moves, starts, matrices, firsts, skips,
-    widths, beta, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    factors, momenta, gradients, offsets, transforms, moves, log_gain, next_gain, starts, matrices,
+    firsts, skips, widths, beta, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    """P⁺ = T_P·P + T_m·m and m⁺ = M·m in place, m = βm + L, for BK columns of one matrix."""
+    """P⁺ = T_P·P + T_v·v and m⁺ = M·n in place, for BK columns of one matrix.
+
+    n = βm + L and v = βn + L. The first program also takes over the gain.
+    """
     pid = tl.program_id(0)
+    if log_gain is not None:  # noqa: SIM102
+        if pid == 0:
+            tl.store(log_gain, tl.load(next_gain).to(tl.float32).to(log_gain.dtype.element_ty))
     entry = entry_of(pid, starts, N)
     width = chosen(widths, entry, N)
     tiles = tl.cdiv(width, BK)
@@ -109,10 +123,11 @@ def write_kernel(
             new_f, new_m = tl.zeros([R, BK], tl.float64), tl.zeros([R, BK], tl.float64)
             for i in range(rank):
                 f = load_rows(p_f, (first + i) * width, o_k, o_k < width)[None, :]
-                v = load_rows(p_m, (first + i) * width, o_k, o_k < width)[None, :] * beta
-                v += load_rows(p_g, (first + i) * width, o_k, o_k < width)[None, :]
+                g = load_rows(p_g, (first + i) * width, o_k, o_k < width)[None, :]
+                moved = load_rows(p_m, (first + i) * width, o_k, o_k < width)[None, :] * beta + g
+                v = moved * beta + g
                 new_f += tl.load(p_t + i)[:, None] * f + tl.load(p_t + R * R + i)[:, None] * v
-                new_m += tl.load(p_t + 2 * R * R + i)[:, None] * v
+                new_m += tl.load(p_t + 2 * R * R + i)[:, None] * moved
             m = (o_r < rank)[:, None] & (o_k < width)[None, :]
             o = (first + o_r)[:, None] * width + o_k[None, :]
             tl.debug_barrier()  # all rows are read before any is written
@@ -139,7 +154,9 @@ def step_(
     eta: torch.Tensor,
     scaling: torch.Tensor,
     decay: torch.Tensor,
+    log_gain: torch.Tensor | None,
     beta: float,
+    gain_rate: float,
     rows: Sequence[torch.Tensor],
     offsets: Sequence[torch.Tensor],
     counts_p: list[int],
@@ -156,7 +173,7 @@ def step_(
         for of_p, of_q in ((p, q), (momentum_p, momentum_q), (gradient_p, gradient_q))
     )
     grams = lam.new_empty(2, n, 3, rank, rank, dtype=torch.float64)
-    totals = grams.new_empty(2 * n)
+    totals, cosines, next_gain = (grams.new_empty(size) for size in (2 * n, 2 * n, 1))
     transforms, moves = torch.empty_like(grams), lam.new_empty(2 * n, dtype=torch.int32)
     candidates = lam.new_empty(n, 2 * max_rank)
     widths, counts = tuple(f.shape[1] for f in factors), (*counts_p, *counts_q)
@@ -171,17 +188,18 @@ def step_(
     tiles = [count * triton.cdiv(width, BK) for count, width in zip(counts, widths, strict=True)]
     with on_device_of(lam):
         gram_kernel[(2 * n,)](
-            factors, momenta, gradients, offsets, grams, totals, starts,
+            factors, momenta, gradients, offsets, grams, totals, cosines, starts,
             BK=columns_of(rank), **where,
         )  # fmt: skip
         solve_kernel[(n,)](
-            grams, totals, lam, mask, eta.contiguous(), scaling.contiguous(), decay.contiguous(),
+            grams, totals, cosines, log_gain, next_gain, gain_rate, lam, mask,
+            *(t.contiguous() for t in (eta, scaling, decay)),
             *(r.contiguous() for r in rows), offsets, transforms, moves, candidates, n, max_rank,
             R=rank, BM=64, num_warps=WARPS,
         )  # fmt: skip
         write_kernel[(sum(tiles),)](
-            factors, momenta, gradients, offsets, transforms, moves, starts_of(tiles), starts,
-            BK=BK, **where,
+            factors, momenta, gradients, offsets, transforms, moves, log_gain, next_gain,
+            starts_of(tiles), starts, BK=BK, **where,
         )  # fmt: skip
     return candidates
 
@@ -191,15 +209,19 @@ def columns_of(rank: int) -> int:
     return min(64, 8192 // rank**2)
 
 
+_DOUBLE = ("grams", "totals", "cosines", "next_gain", "transforms", "eta", "scaling", "decay")
+
+
 def cases() -> Iterator[Case]:
     """Two widths a side; both ranks that are compiled; factors in float32 and in 16 bits."""
     n, lists = 4, ("factors", "momenta", "gradients")
     ints = ("starts", "firsts", "skips", "widths", "matrices")
     types: dict[str, Any] = dict.fromkeys(ints, ("i32",) * n)
     types |= {"n": "i32", "max_rank": "i32", "beta": "fp32", "moves": "*i32"}
-    types |= dict.fromkeys(("grams", "totals", "transforms", "eta", "scaling", "decay"), "*fp64")
+    types |= {"gain_rate": "fp32"}
+    types |= dict.fromkeys(_DOUBLE, "*fp64")
     types |= {"offsets": ("*i64",) * 3, "rows_p": "*i64", "rows_q": "*i64"}
-    types |= dict.fromkeys(("lam", "mask", "candidates"), "*fp32")
+    types |= dict.fromkeys(("lam", "mask", "candidates", "log_gain"), "*fp32")
     aligned = (*lists, "widths", "offsets", "grams", "transforms")
     for arch, rank in itertools.product(ARCHITECTURES, (LOWEST_RANK, HIGHEST_RANK)):
         entries = {"N": n, "NP": 2, "R": rank}

@@ -27,6 +27,10 @@ suits adapter and head alike. Elements of such a step are of one size in layers 
 
 BETA = 0.9
 
+GAIN_RATE, FULL_GAIN_RATE = 0.5, 1e-3
+"""What a step's mean cosine counts in the logarithm of the gain, and the learning rate from which
+on it counts so much: steps that hardly move, in a warm-up, would all seem too short."""
+
 
 def register_scalings(adapter: "HyperAdapter") -> None:
     """Give the adapter, on its device, s of each layer ``[n]`` and of each direction ``[R]``, and
@@ -100,4 +104,6 @@ def advance(adapter: "HyperAdapter", taken: Taken) -> None:
         packed.p, packed.lam, packed.q, momenta.p, momenta.q, gradients.p, gradients.q,
         adapter.slots, eta=taken.rate * adapter.layer_rates, scaling=adapter.layer_scalings,
         beta=BETA, decay=1.0 - taken.rate * taken.decay, mask=adapter.mask,
+        log_gain=adapter.get_buffer("log_gain"),
+        gain_rate=GAIN_RATE * min(1.0, taken.rate / FULL_GAIN_RATE),
     )  # fmt: skip

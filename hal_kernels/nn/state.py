@@ -60,6 +60,8 @@ class State(nn.Module):
             if config.allocation == "ema":
                 self.register_buffer(f"importance_{name}", torch.zeros_like(value))
                 self.register_buffer(f"uncertainty_{name}", torch.zeros_like(value))
+        if config.spectral:
+            self.register_buffer("log_gain", torch.zeros((), dtype=dtype))
         self.register_buffer("mask", torch.ones(layout.rows, dtype=dtype))
         never_called = torch.zeros(len(layout.layers), dtype=torch.bool)
         self.register_buffer("never_called", never_called)

@@ -17,7 +17,7 @@ LAYERS = [(24, 16, 3), (130, 16, 1), (24, 9, 0)]
 LAUNCHES = ["gram", "solve", "write"]
 
 
-def arguments(case, eta=0.1, scaling=1.0, decay=1.0, beta=0.9):
+def arguments(case, eta=0.1, scaling=1.0, decay=1.0, beta=0.9, gain=None, gain_rate=0.5):
     def numbers(value):
         value = torch.as_tensor(value, dtype=torch.float64, device=DEVICE)
         return value.expand(len(case.layers))
@@ -25,8 +25,9 @@ def arguments(case, eta=0.1, scaling=1.0, decay=1.0, beta=0.9):
     p, q, *rest = (case.packed[name] for name in NAMES)
     slots = case.slots
     return (
-        p, case.lam, q, *rest, case.mask, *map(numbers, (eta, scaling, decay)), beta,
-        list(slots.rows), list(slots.offsets), *slots.counts, *slots.sizes, slots.max_rank,
+        p, case.lam, q, *rest, case.mask, *map(numbers, (eta, scaling, decay)), gain, beta,
+        gain_rate, list(slots.rows), list(slots.offsets), *slots.counts, *slots.sizes,
+        slots.max_rank,
     )  # fmt: skip
 
 
@@ -52,17 +53,28 @@ def check(case, bound=2e-6, **options):
         assert (candidates[i, 2 * rank :] == 0).all()
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_matches_the_reference(dtype, bound):
+def test_matches_the_reference():
     """Widths of one and of several blocks of columns, ranks that differ, or of zero."""
-    check(make(LAYERS, dtype), bound, eta=0.3, scaling=2.5, beta=0.8, decay=0.9)
-
-
-def test_masks_and_a_number_for_each_layer():
     case = make(LAYERS, mask=torch.tensor([0.0, 0.5, 1.0, -1.0], device=DEVICE))
     numbers = torch.tensor([0.1, 0.5, 1.0])
-    check(case, eta=numbers, scaling=numbers + 1, decay=1 - numbers / 2)
+    check(case, eta=numbers, scaling=numbers + 1, decay=1 - numbers / 2, beta=0.8)
     assert (case.lam[case.mask <= 0] == 0).all()
+
+
+def test_bfloat16():
+    check(make(LAYERS[1:2], torch.bfloat16), 2e-2, eta=0.3, scaling=2.5, decay=0.9)
+
+
+def test_the_gain():
+    """Of what a step uses, and leaves: matrices without a finite gradient do not count."""
+    case, gain = make([(24, 16, 2), (8, 6, 1)]), torch.tensor(0.3, device=DEVICE)
+    case.before["gradient_p"][1].fill_(torch.nan)
+    case.give({"gradient_p": case.before["gradient_p"]})
+    expected = case.expected_gain(0.3, 7.0)
+    run(case, eta=0.2, gain=gain, gain_rate=7.0)
+    assert gain.item() == pytest.approx(expected.item(), rel=1e-6)
+    ref, _ = case.expected(0, eta=0.2 * expected.exp().item())
+    assert_same({"dw": update(case.layer(0))}, {"dw": update(ref)}, 4e-6)
 
 
 def test_ranks_above_half_of_a_width():

@@ -6,7 +6,7 @@ import torch
 
 from hal_kernels.nn.layout import LayerSpec, Layout
 from hal_kernels.ops import Slots, spectral_step_
-from hal_kernels.ops.spectral_step import Layer, spectral_step_reference
+from hal_kernels.ops.spectral_step import Layer, next_gain, spectral_step_reference
 
 from .slot_cases import slots_of
 from .util import DEVICE
@@ -59,6 +59,16 @@ class Case:
             Layer(**own), *gradients, mask=self.own_mask(index), **options
         )
 
+    def expected_gain(self, log_gain: float, rate: float) -> torch.Tensor:
+        """From the tensors as they were before the step, in float64."""
+        cosines = []
+        for side in ("p", "q"):
+            pairs = zip(
+                self.before[f"momentum_{side}"], self.before[f"gradient_{side}"], strict=True
+            )
+            cosines += [cosine_of(m.double(), g.double()) for m, g in pairs if g.numel() > 0]
+        return next_gain(torch.tensor(log_gain, dtype=torch.float64), torch.stack(cosines), rate)
+
     def tensors(self) -> list[torch.Tensor]:
         """What a step may change."""
         return [self.lam, *(t for name in NAMES[:4] for t in self.packed[name])]
@@ -90,6 +100,12 @@ def make(layers=EQUAL, dtype=torch.float32, lam="random", mask=None, momentum=Tr
     case = Case(layers, layout, slots_of(layers), before, {}, torch.cat(before["lam"]), mask)
     case.packed = {name: case.pack(name, before[name]) for name in NAMES}
     return case
+
+
+def cosine_of(momentum: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    if not (gradient.isfinite().all() and gradient.any()):
+        return torch.tensor(torch.nan, dtype=torch.float64)
+    return torch.nn.functional.cosine_similarity(momentum.flatten(), gradient.flatten(), dim=0)
 
 
 def update(layer: Layer, scaling: float = 1.0) -> torch.Tensor:

@@ -83,8 +83,10 @@ def test_is_the_best_matrix_of_its_rank():
     case = make([(14, 11, 4)], torch.float64)
     old = case.layer(0)
     p, lam, q, m_p, m_q = (t.clone() for t in old)
-    m_p, m_q = 0.9 * m_p + case.packed["gradient_p"][0], 0.9 * m_q + case.packed["gradient_q"][0]
-    o_p, o_q = (torch.linalg.svd(m, full_matrices=False) for m in (m_p, m_q))
+    g_p, g_q = case.packed["gradient_p"][0], case.packed["gradient_q"][0]
+    m_p, m_q = 0.9 * m_p + g_p, 0.9 * m_q + g_q
+    ahead = 0.9 * m_p + g_p, 0.9 * m_q + g_q
+    o_p, o_q = (torch.linalg.svd(v, full_matrices=False) for v in ahead)
     o_p, o_q = (left @ right for left, _, right in (o_p, o_q))
     aim = 2.0 * q.t() @ lam.diag() @ p - 0.2 * (o_q.t() @ p + q.t() @ o_p)
     left, values, right = torch.linalg.svd(aim)
@@ -277,6 +279,47 @@ def test_factors_become_orthonormal():
         assert off_orthonormal(case.layer(i).p) <= 1e-11
 
 
+@pytest.mark.parametrize("layers", ["equal", "ragged"])
+def test_the_gain_follows_the_mean_cosine(layers):
+    """The step is the one of η times the gain that this step ends with."""
+    case = make(LAYERS[layers], torch.float64)
+    case.before["gradient_p"][1].zero_()
+    case.before["gradient_q"][2][0, 0] = torch.nan
+    case.give({n: case.before[n] for n in ("gradient_p", "gradient_q")})
+    gain = torch.tensor(0.3, dtype=torch.float64)
+    expected = case.expected_gain(0.3, 7.0)
+    assert abs(expected - 0.3) > 0.01
+    case.step(eta=0.2, log_gain=gain, gain_rate=7.0)
+    assert relative_error(gain, expected) <= 1e-12
+    ref, _ = case.expected(0, eta=0.2 * expected.exp().item())
+    assert_same({"dw": update(case.layer(0))}, {"dw": update(ref)}, 1e-11)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_gain_has_an_end(sign):
+    """Gradients that go on, or turn about, move it by the whole rate, to 2.5 at most."""
+    case, gain = make(dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for name in ("p", "q"):
+        for momentum, gradient in zip(
+            case.packed[f"momentum_{name}"], case.packed[f"gradient_{name}"], strict=True
+        ):
+            momentum.copy_(sign * gradient)
+    before = [t.clone() for t in case.tensors()]
+    for rate, expected in ((1.5, 1.5), (1.5, 2.5)):
+        for tensor, old in zip(case.tensors(), before, strict=True):
+            tensor.copy_(old)
+        case.step(eta=0.1, log_gain=gain, gain_rate=rate)
+        assert gain.item() == pytest.approx(sign * expected)
+
+
+def test_no_momentum_and_no_gradients_leave_the_gain():
+    case, gain = make(momentum=False), torch.tensor(0.25)
+    case.step(eta=0.1, log_gain=gain)
+    case.give({n: [torch.zeros_like(t) for t in case.before[n]] for n in NAMES[4:]})
+    case.step(eta=0.1, log_gain=gain)
+    assert gain.item() == 0.25
+
+
 def test_changes_are_noticed():
     """Autograd and caches look at tensors' versions; parameters may be changed too."""
     case = make()
@@ -293,8 +336,10 @@ def test_opcheck(layers):
     p, q, *rest = (case.packed[name] for name in NAMES)
     numbers = [torch.full((n,), value, dtype=torch.float64) for value in (0.1, 1.0, 1.0)]
     where = (list(slots.rows), list(slots.offsets), *slots.counts, *slots.sizes, slots.max_rank)
-    arguments = (p, case.lam, q, *rest, some_of(len(case.lam)), *numbers, 0.9, *where)
-    torch.library.opcheck(torch.ops.hal.spectral_step_.default, arguments)
+    for gain in (None, torch.tensor(0.3)):
+        options = some_of(len(case.lam)), *numbers, gain, 0.9, 0.5
+        arguments = (p, case.lam, q, *rest, *options, *where)
+        torch.library.opcheck(torch.ops.hal.spectral_step_.default, arguments)
 
 
 @pytest.mark.parametrize("layers", ["equal", "ragged"])
@@ -382,6 +427,9 @@ def test_bad_tensors(breaking, exception, message):
         ({"scaling": 0.0}, r"scaling is 0.0, expected a finite number"),
         ({"eta": torch.ones(3)}, r"eta has shape \(3,\), expected \(4,\) \(one a layer\)"),
         ({"decay": torch.ones(4, device="meta")}, r"decay is on meta, expected cpu"),
+        ({"log_gain": torch.zeros(4)}, r"log_gain has shape \(4,\), expected \(\)"),
+        ({"log_gain": torch.zeros((), device="meta")}, r"log_gain is on meta, expected cpu"),
+        ({"gain_rate": -1.0}, r"gain_rate is -1.0, expected a finite number"),
     ],
 )
 def test_bad_numbers(options, message):

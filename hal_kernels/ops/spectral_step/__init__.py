@@ -5,13 +5,19 @@ gradient G:
 
     1.  K = PGᵀ,  L = QG                          gradients (`svd_linear` with `tangent`)
     2.  m_K ← β m_K + K,  m_L ← β m_L + L         momentum
-    3.  O = msign(m) = (m mᵀ)^(−1/2) m            a direction of spectral norm 1, for both
+        v_K = β m_K + K,  v_L = β m_L + L         where it will be: Nesterov's
+    3.  O = msign(v) = (v vᵀ)^(−1/2) v            a direction of spectral norm 1, for both
     4.  ΔW⁺ = the best rank-r matrix to s·Qᵀ diag(Λ) P − η/2·(O_KᵀP + QᵀO_L)
     5.  m_K ← (P⁺Pᵀ) m_K,  m_L ← (Q⁺Qᵀ) m_L      momentum in the new frames
 
 Step 4 is an SVD of 2r × 2r numbers. Its 2r singular values are the candidates: the r largest stay,
 of a pruned layer as many as are kept. η is a spectral norm: no step is longer. The gradients' scale
 does not matter.
+
+One gain for all layers' η can be learned along the way. ⟨∂L/∂ΔW, last step⟩ is the loss's
+derivative by the last step's length, so where gradients agree with their momenta steps were too
+short, and too long where they oppose them: the logarithm of the gain moves by the mean cosine
+between the two, over the matrices that have a gradient, within ± 2.5.
 
 After a step Λ ≥ 0 (for s > 0) descends along the rows that are kept. A pruned row has Λ = 0 and the
 vectors of the next candidate: orthonormal to the others, and the first to come back.
@@ -29,9 +35,9 @@ import torch
 from .._library import define, expect_dtype, expect_floating, expect_same_device, expect_shape
 from ..ragged import Slots, expect_slots
 from .batched import step_
-from .reference import Layer, msign, spectral_step_reference
+from .reference import Layer, msign, next_gain, spectral_step_reference
 
-__all__ = ["Layer", "msign", "spectral_step_", "spectral_step_reference"]
+__all__ = ["Layer", "msign", "next_gain", "spectral_step_", "spectral_step_reference"]
 
 
 @torch.no_grad()
@@ -50,6 +56,8 @@ def spectral_step_(
     beta: float = 0.9,
     decay: torch.Tensor | float = 1.0,
     mask: torch.Tensor | None = None,
+    log_gain: torch.Tensor | None = None,
+    gain_rate: float = 0.5,
 ) -> torch.Tensor:
     """Advance the packed factors and momenta of n layers in place.
 
@@ -68,6 +76,9 @@ def spectral_step_(
         beta: β, in [0, 1).
         decay: what ΔW is multiplied by before the step, as eta: 1 − lr·weight_decay.
         mask: ``[R]``, above 0 where a direction is kept; None keeps all. ΔW is that of Λ⊙mask.
+        log_gain: one number, in lam's dtype, changed in place: η is multiplied by its exponential,
+            which is learned (see above). None: η is what it is.
+        gain_rate: what one step adds to it is this times the mean cosine.
 
     Returns:
         The candidates, ``[n, 2·max_rank]`` in lam's dtype: singular values of the matrix that each
@@ -83,6 +94,12 @@ def spectral_step_(
     expect_shape("lam", lam, (rows,), "[R]")
     if not 0.0 <= beta < 1.0:
         raise ValueError(f"beta is {beta}, expected a number in [0, 1)")
+    if log_gain is not None:
+        expect_shape("log_gain", log_gain, (), "one number")
+        expect_dtype("log_gain", log_gain, lam.dtype, "the dtype of lam")
+        expect_same_device("lam", lam, log_gain=log_gain)
+    if not 0.0 <= gain_rate < math.inf:
+        raise ValueError(f"gain_rate is {gain_rate}, expected a finite number, at least 0")
     if mask is not None:
         expect_shape("mask", mask, (rows,), "[R], as lam")
         expect_same_device("lam", lam, mask=mask)
@@ -106,11 +123,12 @@ def spectral_step_(
     if slots.max_rank == 0 or rows == 0:
         return lam.new_zeros(n, 2 * slots.max_rank)
     candidates: torch.Tensor = _spectral_step_(
-        *changed, *map(list, gradients), mask, *numbers, float(beta),
+        *changed, *map(list, gradients), mask, *numbers, log_gain, float(beta), float(gain_rate),
         list(slots.rows), list(slots.offsets), *slots.counts, *slots.sizes, slots.max_rank,
     )  # fmt: skip
-    for tensor in (*p, lam, *q, *momentum_p, *momentum_q):  # Triton writes past torch's own count
-        torch.autograd.graph.increment_version(tensor)
+    learned = [] if log_gain is None else [log_gain]
+    for tensor in (*p, lam, *q, *momentum_p, *momentum_q, *learned):
+        torch.autograd.graph.increment_version(tensor)  # Triton writes past torch's own count
     return candidates
 
 
@@ -183,8 +201,9 @@ def _fake(p: list[torch.Tensor], lam: torch.Tensor, *rest: Any) -> torch.Tensor:
 _spectral_step_ = define(
     "spectral_step_(Tensor(a!)[] p, Tensor(b!) lam, Tensor(c!)[] q, Tensor(d!)[] momentum_p,"
     " Tensor(e!)[] momentum_q, Tensor[] gradient_p, Tensor[] gradient_q, Tensor? mask, Tensor eta,"
-    " Tensor scaling, Tensor decay, float beta, Tensor[] rows, Tensor[] offsets, int[] counts_p,"
-    " int[] counts_q, int[] sizes_p, int[] sizes_q, int max_rank) -> Tensor",
+    " Tensor scaling, Tensor decay, Tensor(f!)? log_gain, float beta, float gain_rate,"
+    " Tensor[] rows, Tensor[] offsets, int[] counts_p, int[] counts_q, int[] sizes_p,"
+    " int[] sizes_q, int max_rank) -> Tensor",
     default=_default,
     cuda=_cuda,
     fake=_fake,

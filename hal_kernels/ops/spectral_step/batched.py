@@ -1,7 +1,7 @@
 """All layers' spectral steps in plain PyTorch: as many torch calls for many layers as for few.
 
-Everything a step needs of P and its momentum m is their Gram matrix: O = (m mᵀ)^(−1/2) m and an
-orthonormal basis of both are linear in [P; m], and so is what is written, P⁺ = T·[P; m]. So the
+Everything a step needs of P and its direction v is their Gram matrix: O = (v vᵀ)^(−1/2) v and an
+orthonormal basis of both are linear in [P; v], and so is what is written, P⁺ = T·[P; v]. So the
 packed tensors are read once for Gram matrices ``[2r, 2r]`` and once to be multiplied with T, and
 all between is small (`solve`). It is done in float64: a Gram matrix squares condition numbers.
 
@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..ragged import Slots, pad, unpad
+from .reference import next_gain
 from .solve import solve
 
-BLOCK = 2**17  # numbers of [P; m] at a time, of 8 bytes
+BLOCK = 2**17  # numbers of [P; v] at a time, of 8 bytes
 
 
 class Block:
@@ -28,13 +29,23 @@ class Block:
         self.layers, self.offsets, self.tensors, self.rank = layers, offsets, tensors, rank
 
     def stacked(self, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """[P; βm + L], ``[G, 2r, d]`` float64, and L ``[G, r, d]``."""
+        """[P; v], ``[G, 2r, d]``, and m⁺ ``[G, r, d]``; float64."""
         factor, momentum, gradient = (self.padded(t) for t in self.tensors)
         shape = (len(factor), 2 * self.rank, factor.shape[2])
         stacked = factor.new_empty(shape, dtype=torch.float64)
         stacked[:, : self.rank] = factor
+        momentum = torch.add(gradient.double(), momentum, alpha=beta)
         torch.add(gradient, momentum, alpha=beta, out=stacked[:, self.rank :])
-        return stacked, gradient
+        return stacked, momentum
+
+    def agreement(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ|L| and the cosine between L and m, 0 where one of them is, of each matrix ``[G]``."""
+        _, momentum, gradient = (self.padded(t).flatten(1).double() for t in self.tensors)
+        norms = torch.linalg.vector_norm(momentum, dim=1) * torch.linalg.vector_norm(
+            gradient, dim=1
+        )
+        cosine = (momentum * gradient).sum(1) / torch.where(norms == 0, 1.0, norms)
+        return gradient.abs().sum(1), cosine
 
     def padded(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) == 0:
@@ -45,11 +56,11 @@ class Block:
         """P⁺ and m⁺ to the packed rows: of the matrices of active layers, or of all."""
         factor, momentum, _ = self.tensors
         if len(factor) > 0:
-            r, (stacked, _) = self.rank, self.stacked(beta)
+            r, (stacked, moved) = self.rank, self.stacked(beta)
             transforms = transforms[self.layers]
             active = None if active is None else active[self.layers, :, None]
             write(factor, transforms[:, :r] @ stacked, active, self.offsets)
-            write(momentum, transforms[:, r:, r:] @ stacked[:, r:], active, self.offsets)
+            write(momentum, transforms[:, r:, r:] @ moved, active, self.offsets)
 
 
 class Side:
@@ -104,22 +115,29 @@ def step_(
     eta: torch.Tensor,
     scaling: torch.Tensor,
     decay: torch.Tensor,
+    log_gain: torch.Tensor | None,
     beta: float,
+    gain_rate: float,
 ) -> torch.Tensor:
     """`spectral_step_`, of checked arguments."""
-    sides, grams, totals = [], [], []
+    sides, grams, totals, cosines = [], [], [], []
     for i, tensors in enumerate(((p, momentum_p, gradient_p), (q, momentum_q, gradient_q))):
         side = Side(slots, i)
         blocks, gram, total = [*side.blocks(tensors)], [], []
         for block in blocks:
-            stacked, gradient = block.stacked(beta)
+            stacked, _ = block.stacked(beta)
             gram.append(stacked @ stacked.mT)
-            total.append(gradient.flatten(1).abs().sum(1, dtype=torch.float64))
+            own, cosine = block.agreement()
+            total.append(own)
+            cosines.append(torch.where(own.isfinite() & (own > 0), cosine, torch.nan))
         sides.append(blocks)
         grams.append(torch.cat(gram)[side.place])
         totals.append(torch.cat(total)[side.place])
     total_of, offsets, r = totals[0] + totals[1], slots.offsets[1], slots.max_rank
     eta, scaling, decay = (t.double() for t in (eta, scaling, decay))
+    if log_gain is not None:
+        log_gain.copy_(next_gain(log_gain.double(), torch.cat(cosines), gain_rate))
+        eta = eta * log_gain.double().exp()
     real = torch.arange(r, device=lam.device) < offsets.diff()[:, None]
     kept = real if mask is None else real & (pad(mask, offsets, r) > 0)
     values = torch.where(kept, pad(lam, offsets, r), 0.0).double()

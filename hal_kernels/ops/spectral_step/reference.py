@@ -7,6 +7,9 @@ import torch
 LOWEST = 1e-5
 """A singular value of a momentum below this share of its largest is rounding: no direction."""
 
+HIGHEST_GAIN = 2.5
+"""The logarithm of a gain is learned within ± this: 12 times, or a twelfth."""
+
 
 class Layer(NamedTuple):
     """What a step changes of one layer: factors and momenta."""
@@ -44,7 +47,8 @@ def spectral_step_reference(
         return layer, candidates
 
     momentum_p, momentum_q = beta * momentum_p + gradient_p, beta * momentum_q + gradient_q
-    a, b = torch.cat([p, msign(momentum_p)]), torch.cat([q, msign(momentum_q)])
+    ahead_p, ahead_q = beta * momentum_p + gradient_p, beta * momentum_q + gradient_q
+    a, b = torch.cat([p, msign(ahead_p)]), torch.cat([q, msign(ahead_q)])
     core = values.new_zeros(2 * r, 2 * r)
     core[:r, :r] = (decay * values).diag()
     core[range(r), range(r, 2 * r)] = core[range(r, 2 * r), range(r)] = -eta / 2
@@ -70,3 +74,12 @@ def msign(m: torch.Tensor) -> torch.Tensor:
     """(m mᵀ)^(−1/2) m: singular values become 1, those below `LOWEST` of the largest 0."""
     left, values, right = torch.linalg.svd(m, full_matrices=False)
     return (left * (values > LOWEST * values.max())) @ right
+
+
+def next_gain(log_gain: torch.Tensor, cosines: torch.Tensor, rate: float) -> torch.Tensor:
+    """The gain's logarithm after a step whose gradients have these cosines with their momenta.
+
+    Those that are NaN, of matrices without a gradient, do not count.
+    """
+    mean = cosines.nanmean().nan_to_num()
+    return (log_gain + rate * mean).clamp(-HIGHEST_GAIN, HIGHEST_GAIN)

@@ -1,8 +1,8 @@
 """The small problems of a spectral step, of all layers at once, from their Gram matrices.
 
-Vectors of either side are rows of coordinates in an orthonormal basis [P̂; Ô] of P and O = msign(m):
+Vectors of either side are rows of coordinates in an orthonormal basis [P̂; Ô] of P and O = msign(v):
 
-    P = root·P̂,   O = inside·P̂ + outside·Ô,   Ô = back·(direction·m − inside·P̂)
+    P = root·P̂,   O = inside·P̂ + outside·Ô,   Ô = back·(direction·v − inside·P̂)
 
 and the candidates are the singular values of R_Qᵀ [[s·Λ, −η/2], [−η/2, 0]] R_P, with
 R = [[root, 0], [inside, outside]] of the two sides.
@@ -22,7 +22,7 @@ ZERO = 1e-11  # a candidate below this share of the largest is 0, and its vector
 class Small(NamedTuple):
     """The solution of all layers, rows in the order of the packed ones."""
 
-    transforms: torch.Tensor  # of [P; m] and of [Q; m], [2, n, 2r, 2r]
+    transforms: torch.Tensor  # P⁺ of [P; v], and m⁺ of m; Q likewise: [2, n, 2r, 2r]
     values: torch.Tensor  # s·Λ⁺, [n, r]
     candidates: torch.Tensor  # [n, 2r], largest first
     active: torch.Tensor  # which layers move, [n]
@@ -51,7 +51,7 @@ def solve(
     """All of a step but its two passes over the packed tensors.
 
     Args:
-        gram: of [P; m] and of [Q; m], ``[2, n, 2r, 2r]`` float64, zero where ranks are padded.
+        gram: of [P; v] and of [Q; v], ``[2, n, 2r, 2r]`` float64, zero where ranks are padded.
         values: s·Λ⊙mask ``[n, r]``.
         real, kept: which rows there are, and which of those are not pruned ``[n, r]``.
         eta, decay: ``[n]``.
@@ -84,7 +84,7 @@ def solve(
 
 
 def basis_of(gram: torch.Tensor, unused: torch.Tensor) -> Basis:
-    """The basis of each [P; O] from the Gram matrix of [P; m]; `unused` rows of P are made up."""
+    """The basis of each [P; O] from the Gram matrix of [P; v]; `unused` rows of P are made up."""
     r = unused.shape[1]
     root, _ = torch.linalg.cholesky_ex(gram[..., :r, :r] + torch.diag_embed(unused))
     of_m, vectors = torch.linalg.eigh(gram[..., r:, r:])
@@ -130,7 +130,7 @@ def completed(
 
 
 def transforms_of(basis: Basis, frames: torch.Tensor) -> torch.Tensor:
-    """[P⁺; m⁺] as products with [P; m], ``[2, n, 2r, 2r]``."""
+    """P⁺ of [P; v], and m⁺ of m, ``[2, n, 2r, 2r]``."""
     r = frames.shape[2]
     on_p, on_o = frames[..., :r], frames[..., r:] @ basis.back
     of_p = solve_triangular(basis.root, on_p - on_o @ basis.inside, upper=False, left=False)
