@@ -38,7 +38,7 @@ def orthonormal(model):
 def test_training_needs_nothing_else(make):
     """The loss falls, P and Q stay orthonormal, and the optimizer holds no state of theirs."""
     model = spectral(make(), 3, total_step=30)
-    optimizer = adamw(model, lr=4e-3)  # narrow layers take short steps
+    optimizer = adamw(model, lr=1.2e-3)  # narrow layers take short steps
     losses = train(model, optimizer, [models.batch(model, 16)] * 30)
     assert losses[-1] < 0.95 * losses[0]
     orthonormal(model)
@@ -225,7 +225,7 @@ def test_score_is_that_of_lambda():
     torch.testing.assert_close(scores["spectral"], scores["direct"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("lr", "sign"), [(1e-4, 1), (0.3, -1)])
+@pytest.mark.parametrize(("lr", "sign"), [(1e-4, 1), (0.1, -1)])
 def test_steps_too_short_grow_and_too_long_ones_shrink(lr, sign):
     model = spectral()
     train(model, adamw(model, lr), [models.batch(model, 16)] * 10)
@@ -354,7 +354,7 @@ def test_another_update_s_checkpoint_goes_on(into, options, monkeypatch, tmp_pat
     torch.testing.assert_close(predict(other), predict(model))
     assert hal_kernels.rank_pattern(other) == hal_kernels.rank_pattern(model)
     orthonormal(other)
-    train(other, adamw(other, lr=4e-3), [models.batch(other, 16)] * 30)
+    train(other, adamw(other, lr=1.2e-3), [models.batch(other, 16)] * 30)
     assert other.hal.steps == 36
     assert budget_used(other) == 2 * len(other.hal.layout.layers)
     orthonormal(other)
