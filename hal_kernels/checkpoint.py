@@ -28,6 +28,7 @@ from .nn.alignment import saved_steps
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, adapted_class, linear_widths
 from .nn.notices import shortened
+from .nn.state import LATER
 from .nn.switch import to_spectral
 from .nn.tensors import replace_data
 from .patching import (
@@ -150,8 +151,10 @@ def load_adapter(
     rows = torch.empty(sum(spec.rank for spec in specs), device="meta")
     expect_tensors({"lam": rows}, {k: v for k, v in state.items() if k == "lam"}, "the adapter")
     adapter = HyperAdapter(config, Layout(specs), next(iter(layers.values())).weight.device)
-    state.setdefault("never_called", torch.zeros_like(adapter.never_called))  # of older checkpoints
     expected = adapter.state_dict()
+    for key in expected.keys() & set(LATER):
+        zeros = torch.zeros_like(expected[key])
+        state.setdefault(key, zeros.to(state["lam"].dtype) if zeros.is_floating_point() else zeros)
     if "_extra_state" in state:  # it grows while directions are chosen: `saved_steps` looks at it
         expected["_extra_state"] = state["_extra_state"]
     expect_tensors(expected, state, "the adapter")

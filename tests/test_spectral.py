@@ -248,6 +248,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(at, tmp_path):
     assert_equal(state(resumed), state(model))
 
 
+def test_a_checkpoint_without_a_gain(tmp_path):
+    """As the first ones were."""
+    model = spectral()
+    train(model, adamw(model), batches(model, 3))
+    save = model.hal.state_dict
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            model.hal, "state_dict", lambda: {k: v for k, v in save().items() if k != "log_gain"}
+        )
+        hal_kernels.save_adapter(model, tmp_path)
+    loaded = hal_kernels.load_adapter(models.net(), tmp_path)
+    assert loaded.hal.log_gain == 0 and model.hal.log_gain != 0
+    torch.testing.assert_close(predict(loaded), predict(model), rtol=0, atol=0)
+
+
 def test_life_after_training(tmp_path):
     peft = pytest.importorskip("peft")
     model = spectral(models.bert(), 3, init_rank=4, interval=1)

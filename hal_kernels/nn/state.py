@@ -10,6 +10,9 @@ from .layout import Group, Layout
 from .packed import Packed
 from .tensors import orthonormal_rows, unit_rows
 
+LATER = ("never_called", "log_gain")
+"""Tensors that older checkpoints lack: zeros then."""
+
 
 class State(nn.Module):
     """Factors of all layers with what belongs to them, hypernetworks and mask.

@@ -14,6 +14,7 @@ from hal_kernels.checks import expect_finite, expect_mask, expect_tensors
 from hal_kernels.nn.adapter import HyperAdapter
 from hal_kernels.nn.alignment import saved_steps
 from hal_kernels.nn.layout import Layout
+from hal_kernels.nn.state import LATER
 from hal_kernels.nn.tensors import replace_data
 
 LAYERS = "base_model.model."
@@ -50,8 +51,8 @@ def packed(adapter: HyperAdapter, state: Mapping[str, torch.Tensor]) -> tuple[La
             adapter holds. Nothing was changed.
     """
     layout, own = adapter.layout, adapter.state_dict()
-    # Older checkpoints lack it.
-    state = {f"{REST}never_called": torch.zeros_like(own["never_called"])} | dict(state)
+    later = {f"{REST}{key}": torch.zeros_like(own[key]) for key in LATER if key in own}
+    state = later | dict(state)
     expected = by_layer(layout, own)
     if expected.keys() != state.keys():
         raise ValueError(
