@@ -14,6 +14,10 @@ from transformers import HfArgumentParser, TrainingArguments
 METHODS = ("hyperadalora", "adalora", "adalora-peft", "lora", "full")
 ON_KERNELS = ("hyperadalora", "adalora")
 """Methods that `hal_kernels.patch_model` provides; the others are PEFT's, or none."""
+CHECKPOINTING = {
+    "use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop",
+}  # fmt: skip
+"""What `torch.utils.checkpoint.checkpoint` takes beside the function's own arguments."""
 
 
 class OptionsError(Exception):
@@ -210,6 +214,9 @@ def _check(data: DataOptions, method: MethodOptions, run: RunOptions) -> None:
         raise OptionsError(f"--seed is {run.seed}, expected 0 to 2**32 - 1")
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         chosen = getattr(run, name, None)
+        unknown = sorted(set(chosen) - CHECKPOINTING) if isinstance(chosen, dict) else []
+        if unknown:
+            raise OptionsError(f"--{name} has {unknown}, expected some of {sorted(CHECKPOINTING)}")
         if method.method in ON_KERNELS and isinstance(chosen, dict) and chosen.get("use_reentrant"):
             raise OptionsError(
                 f"--{name} chooses reentrant checkpointing, under which the adapter of --method "

@@ -80,6 +80,10 @@ def test_the_command_line_is_checked(arguments, capsys):
         (["--neftune-noise-alpha", "-1"], "--neftune_noise_alpha is -1.0"),
         (["--accelerator-config", '{"x": 1}'], "unexpected keyword argument 'x'"),
         (
+            ["--gradient-checkpointing-kwargs", '{"x": 1}'],
+            r"_checkpointing_kwargs has \['x'\], expected some of \['context_fn'",
+        ),
+        (
             ["--gradient-checkpointing-kwargs", '{"use_reentrant": true}'],
             "reentrant checkpointing, under which the adapter of --method hyperadalora can't",
         ),
