@@ -167,7 +167,7 @@ class HyperAdapter(State):
             share_state(self)
             self._begin_accumulation()
             if self._run_begins and self._step_begins and take_run_length(self):
-                self._make_alignment()
+                self._alignment = None
         here.live, here.begins_step = self._generate_with_graph(), self._step_begins
         if here.live.effective.p[0].requires_grad:
             self._step_begins = False

@@ -22,7 +22,7 @@ def take_run_length(adapter: "HyperAdapter") -> bool:
     were taken elsewhere, keeps the one that it has.
 
     Returns:
-        Whether another number of steps chooses the initial directions now.
+        Whether the run is so short that no step, or none any more, chooses initial directions.
     """
     config, layout = adapter.config, adapter.layout
     if config.interval is not None or config.total_step is not None:
@@ -32,7 +32,7 @@ def take_run_length(adapter: "HyperAdapter") -> bool:
     if not totals:
         return False
     adapter.config = dataclasses.replace(config, total_step=totals[0])
-    return alignment_steps(adapter.config, layout) != alignment_steps(config, layout)
+    return adapter.steps >= alignment_steps(adapter.config, layout)
 
 
 def _trainers() -> list[Any]:
