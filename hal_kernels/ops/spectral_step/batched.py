@@ -34,18 +34,23 @@ class Block:
         shape = (len(factor), 2 * self.rank, factor.shape[2])
         stacked = factor.new_empty(shape, dtype=torch.float64)
         stacked[:, : self.rank] = factor
-        momentum = torch.add(gradient.double(), momentum, alpha=beta)
-        torch.add(gradient, momentum, alpha=beta, out=stacked[:, self.rank :])
-        return stacked, momentum
+        moved = torch.empty_like(gradient, dtype=torch.float64)
+        torch.add(gradient, momentum, alpha=beta, out=moved)
+        torch.add(gradient, moved, alpha=beta, out=stacked[:, self.rank :])
+        return stacked, moved
 
-    def agreement(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Σ|L| and the cosine between L and m, 0 where one of them is, of each matrix ``[G]``."""
-        _, momentum, gradient = (self.padded(t).flatten(1).double() for t in self.tensors)
-        norms = torch.linalg.vector_norm(momentum, dim=1) * torch.linalg.vector_norm(
-            gradient, dim=1
-        )
-        cosine = (momentum * gradient).sum(1) / torch.where(norms == 0, 1.0, norms)
-        return gradient.abs().sum(1), cosine
+    def total(self) -> torch.Tensor:
+        """Σ|L| of each matrix ``[G]``, float64."""
+        return self.padded(self.tensors[2]).flatten(1).abs().sum(1, dtype=torch.float64)
+
+    def cosine(self) -> torch.Tensor:
+        """The cosine between L and m of each matrix ``[G]``, 0 where one of them is zero."""
+        at_least = torch.promote_types(self.tensors[1].dtype, torch.float32)
+        momentum, gradient = (self.padded(t).flatten(1).to(at_least) for t in self.tensors[1:])
+        norms = [torch.linalg.vector_norm(t, dim=1).double() for t in (momentum, gradient)]
+        product = norms[0] * norms[1]
+        inner = torch.linalg.vecdot(momentum, gradient).double()
+        return inner / torch.where(product == 0, 1.0, product)
 
     def padded(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) == 0:
@@ -127,9 +132,10 @@ def step_(
         for block in blocks:
             stacked, _ = block.stacked(beta)
             gram.append(stacked @ stacked.mT)
-            own, cosine = block.agreement()
-            total.append(own)
-            cosines.append(torch.where(own.isfinite() & (own > 0), cosine, torch.nan))
+            total.append(block.total())
+            if log_gain is not None:
+                used = total[-1].isfinite() & (total[-1] > 0)
+                cosines.append(torch.where(used, block.cosine(), torch.nan))
         sides.append(blocks)
         grams.append(torch.cat(gram)[side.place])
         totals.append(torch.cat(total)[side.place])
