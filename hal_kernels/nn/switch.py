@@ -4,17 +4,8 @@ import dataclasses
 
 import torch
 
-from ..config import HALConfig
 from .adapter import HyperAdapter
 from .packed import LayerFactors
-
-
-def spectral_config(config: HALConfig) -> HALConfig:
-    """`config` with update="spectral", and without what has no meaning there."""
-    score = "sensitivity" if config.allocation == "ema" else config.allocation
-    return dataclasses.replace(
-        config, update="spectral", hypernet="direct", init="random", allocation=score
-    )
 
 
 @torch.no_grad()
@@ -23,7 +14,11 @@ def to_spectral(adapter: HyperAdapter) -> HyperAdapter:
 
     Its momenta are zero, as another update's moments are of other numbers.
     """
-    made = HyperAdapter(spectral_config(adapter.config), adapter.layout, adapter.mask.device)
+    score = "sensitivity" if adapter.config.allocation == "ema" else adapter.config.allocation
+    config = dataclasses.replace(
+        adapter.config, update="spectral", hypernet="direct", init="random", allocation=score
+    )
+    made = HyperAdapter(config, adapter.layout, adapter.mask.device)
     made.to(adapter.lam.dtype)
     made.mask.copy_(adapter.mask)
     made.never_called.copy_(adapter.never_called)
