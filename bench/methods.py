@@ -50,6 +50,7 @@ def build(
     interval: int = INTERVAL,
     total_step: int = TOTAL_STEPS,
     tfinal: int = TOTAL_STEPS // 10,
+    seed: int = 0,
 ) -> nn.Module:
     """`model` adapted by the method `name`, which also trains the module `head`.
 
@@ -97,8 +98,8 @@ def build(
     elif name == "hal-spectral":
         options = {"update": "spectral"}
     return hal_kernels.patch_model(
-        model, rank, init_rank=init_rank, alpha=ALPHA, targets=targets, interval=interval, seed=0,
-        modules_to_save=(head,) if head else (), **options,
+        model, rank, init_rank=init_rank, alpha=ALPHA, targets=targets, interval=interval,
+        seed=seed, modules_to_save=(head,) if head else (), **options,
     )  # fmt: skip
 
 
@@ -156,7 +157,8 @@ class Method:
         if name == "adalora":
             tuner = adapted.base_model
             tuner.model.forward = self.clock.wrap("inner forward", tuner.model.forward)
-            self.allocate = lambda: tuner.update_and_allocate(self.steps)
+            if options.get("init_rank", INIT_RANK) > options.get("rank", RANK):  # else PEFT fails
+                self.allocate = lambda: tuner.update_and_allocate(self.steps)
         elif name.startswith("hal"):
             self._time_phases(adapted.hal)
         self.model: nn.Module = adapted.train()

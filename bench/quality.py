@@ -41,7 +41,7 @@ from .common import append_row, data_file, parser, stored
 from .convergence import WINDOW
 from .models import Base
 from .training_step import TOLERANCE, check_start, this_device
-from .training_time import LR, TINY, text_loss, text_of, train, trained_base
+from .training_time import LR, TINY, expect_fall, text_loss, text_of, train, trained_base
 
 METHODS = ("frozen", *LR)
 # By task the files of its two sides; None: some rows are held out.
@@ -180,6 +180,7 @@ def run(
         subject.model, subject.shape, batches(subject, task, arguments, seed),
         {method: key["lr"]}, arguments.steps, seed, progress,
     )  # fmt: skip
+    expect_fall(curves)
     losses = curves[method]["losses"]
     check_start({"the base model": start, method: losses[0]}, TOLERANCE[subject.shape.dtype])
     return {

@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 
 from .common import append_row, data_file, parser
 from .convergence import WINDOW, reached
-from .methods import Method
+from .methods import INIT_RANK, Method
 from .models import DECODER, Base
 from .training_step import TOLERANCE, check_start, this_device
 
@@ -141,6 +141,9 @@ def train(
     steps: int,
     seed: int,
     progress: Progress,
+    *,
+    init_rank: int = INIT_RANK,
+    after: Callable[[int, nn.Module], None] = lambda step, model: None,
 ) -> tuple[dict[str, Method], dict[str, dict[str, Any]]]:
     """Fine-tune one causal language model by all methods, in turn; them and their curves by name.
 
@@ -148,9 +151,10 @@ def train(
         shape: which layers of `base` are adapted.
         data: `steps` batches, with labels.
         rates: learning rate by method.
+        after: called with the number of steps taken and the model, after each of a method's.
 
     Raises:
-        SystemExit: they start from different losses, or one's loss has not fallen.
+        SystemExit: they start from different losses.
     """
     from transformers import get_cosine_schedule_with_warmup
 
@@ -159,7 +163,7 @@ def train(
         torch.manual_seed(seed)
         methods[name] = Method(
             name, base, shape, this_device(), lr=lr, interval=max(1, steps // 20),
-            total_step=steps, tfinal=steps // 3,
+            total_step=steps, tfinal=steps // 3, init_rank=init_rank, seed=seed,
         )  # fmt: skip
     schedules = [
         get_cosine_schedule_with_warmup(m.optimizer, steps // 10, steps) for m in methods.values()
@@ -173,18 +177,28 @@ def train(
             seconds = method.step(rows)["step"]
             curves[name]["seconds"].append(round(seconds, 5))
             curves[name]["losses"].append(round(text_loss(method.logits, rows["labels"]), 5))
+            after(step + 1, method.model)
         if step == 0:
             check_start({n: c["losses"][0] for n, c in curves.items()}, TOLERANCE[shape.dtype])
         for schedule in schedules:
             schedule.step()
         progress.advance(task)
     progress.remove_task(task)
-    for name, lr in rates.items():
-        losses = curves[name]["losses"]
-        first, last = statistics.fmean(losses[:WINDOW]), statistics.fmean(losses[-WINDOW:])
-        if not last < first:  # means, since batches differ
-            raise SystemExit(f"{name} at {lr:g}: the mean loss goes from {first} to {last}")
     return methods, curves
+
+
+def expect_fall(curves: dict[str, dict[str, Any]]) -> None:
+    """Means of the first and last steps, since batches differ.
+
+    Raises:
+        SystemExit: a method's loss has not fallen.
+    """
+    for name, run in curves.items():
+        first, last = (
+            statistics.fmean(part) for part in (run["losses"][:WINDOW], run["losses"][-WINDOW:])
+        )
+        if not last < first:
+            raise SystemExit(f"{name} at {run['lr']:g}: the mean loss goes from {first} to {last}")
 
 
 def run(
@@ -200,6 +214,7 @@ def run(
     methods, curves = train(
         base, TINY, batches(text, steps, seed + 1), rates, steps, seed, progress
     )
+    expect_fall(curves)
     for name, method in methods.items():
         curves[name]["held_out"] = held_out_loss(method.model, held_out)
     return curves
