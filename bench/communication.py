@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hal_kernels.config import HALConfig
 from hal_kernels.nn.hypernet import Hypernetwork
 
 RANKS = (3, 16)  # adapters start at ⌈1.5 · rank⌉
@@ -71,22 +70,17 @@ def sent(size: float, gpus: int) -> float:
     return 2 * size * (gpus - 1) / gpus
 
 
-def hypernetwork_parameters(shapes: Sequence[Shape], init_rank: int, offsets: str) -> int:
-    """|Φ| and the offsets. |Φ| depends on the distinct widths, and by Λ's embedding on R."""
-    config = HALConfig()
+def hypernetwork_parameters(shapes: Sequence[Shape], init_rank: int) -> int:
+    """|Φ|: it depends on the distinct widths, and by Λ's embedding on R."""
     with torch.device("meta"):
         made = Hypernetwork(
-            config.hypernet,
+            "bert",
             sorted({shape.d_in for shape in shapes}),
             sorted({shape.d_out for shape in shapes}),
             directions(shapes, init_rank),
-            offsets=offsets,
             zero_output=False,
         )
-    beside = directions(shapes, init_rank)
-    if offsets == "all":
-        beside += factor_parameters(shapes, init_rank)
-    return sum(p.numel() for p in made.parameters()) + beside
+    return sum(p.numel() for p in made.parameters())
 
 
 def directions(shapes: Sequence[Shape], rank: int) -> int:
@@ -111,9 +105,8 @@ def rows() -> list[dict[str, Any]]:
     for rank in RANKS:
         init_rank = math.ceil(1.5 * rank)
         r = directions(LLAMA_70B, init_rank)
-        for offsets, name in (("all", "hypernetworks"), ("lam", 'hypernetworks, offsets="lam"')):
-            trained = hypernetwork_parameters(LLAMA_70B, init_rank, offsets)
-            add(f"{name}, rank {rank}", trained, r)
+        add(f"spectral steps, rank {rank}", factor_parameters(LLAMA_70B, init_rank), r)
+        add(f"hypernetworks, rank {rank}", hypernetwork_parameters(LLAMA_70B, init_rank), r)
         add(f"AdaLoRA, rank {rank}", factor_parameters(LLAMA_70B, init_rank) + r, r)
         add(f"LoRA, rank {rank}", factor_parameters(LLAMA_70B, rank), 0)
     return found

@@ -53,7 +53,7 @@ def main() -> int:
         arguments.gamma, arguments.seed, arguments.steps = [0.0, 0.1], [0], 10
     runs, rows = Runs("gamma", arguments), []
     for gamma, seed in itertools.product(arguments.gamma, arguments.seed):
-        key = runs.key(method="hyper", gamma=gamma, lr=arguments.lr, seed=seed)
+        key = runs.key(method="generated", gamma=gamma, lr=arguments.lr, seed=seed)
         row = runs.stored(key)
         if row is None:
             result = runs.train(key, orthogonality)

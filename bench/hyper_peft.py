@@ -59,7 +59,7 @@ class Factors(nn.Module):
         self.body = hypernet.BertBody()
         for name, weight in list(self.body.named_parameters()):
             setattr(self.body, name, nn.Parameter(weight.detach()[:2].clone()))
-        self.body.last_norm(slice(None)).detach().fill_(hypernet.OUTPUT_SCALES["lam"][0])
+        self.body.norm2_weight.detach().fill_(0.3)  # steps of the factors, not leaps
         for a, b in self._layers:
             del a.weight, b.weight
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hal_kernels.kernels import configs
+from hal_kernels.nn import spectral
 from hal_kernels.nn.tensors import finite_norm
 from hal_kernels.ops._library import TRITON
 
@@ -40,7 +41,9 @@ BUDGET = {
     "hypernetworks forward": 8,
     "hypernetworks backward": 16,
     "importance and allocation": 6,
+    "spectral step": 10,
 }
+BUDGETS = {"hal-spectral": BUDGET | {"importance and allocation": 15}}  # dΛ is made of K and Q
 SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"}
 FREE = {"detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "alias", "set_", *SYNCS}
 
@@ -184,7 +187,12 @@ def phases(name: str, shape: Shape, layers: int, batch: int, length: int) -> dic
         with mock.patch("hal_kernels.nn.adapter.all_finite", finite_norm):  # as on a GPU
             found["check for NaN"] = counted(lambda: adapter.before_optimizer_step(optimizer))
         mask = adapter.mask.clone()
-        found["allocation"] = counted(adapter.after_optimizer_step)
+
+        def advance(*args: Any) -> None:
+            found["spectral step"] = counted(lambda: spectral.advance(*args))
+
+        with mock.patch("hal_kernels.nn.adapter.advance", advance):
+            found["allocation"] = counted(adapter.after_optimizer_step)
         if torch.equal(adapter.mask, mask):
             raise RuntimeError("nothing was pruned: the allocation was not counted")
     return found
@@ -213,11 +221,14 @@ def parts(found: dict[str, dict[str, Launches]], name: str, adapted: int) -> dic
         out["advancing the state"] = own["allocation"].counts.pop("_foreach_copy_", 0)
     for part, key in (
         ("importance and allocation", "allocation"),
+        ("spectral step", "spectral step"),
         ("check for NaN", "check for NaN"),
     ):
         if key in own:
             out[part] = own[key].total
             out[f"{part}: host synchronisations"] = own[key].syncs
+    if "spectral step" in own:  # taken inside the other
+        out["importance and allocation"] -= own["spectral step"].total
     out["step, optimizer not counted"] = sum(
         own[key].total
         for key in ("forward", "backward", "allocation", "check for NaN")
@@ -232,9 +243,9 @@ PER_LAYER = ("adapter forward, a layer", "adapter backward, a layer", "step, opt
 def missed(results: dict[str, dict[str, dict[str, float]]], model: str) -> list[str]:
     """What is beyond its budget, or grows with the number of layers, in words."""
     found = []
-    for name in ("hal-direct", "hal-hyper"):
+    for name in ("hal-direct", "hal-spectral", "hal-hyper"):
         few, many = (results[depth][name] for depth in results)
-        for part, limit in BUDGET.items():
+        for part, limit in BUDGETS.get(name, BUDGET).items():
             if many.get(part, 0) > limit:
                 found.append(f"{model}, {name}: {part}: {many[part]:g} > {limit}")
         for part, value in many.items():

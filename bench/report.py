@@ -9,6 +9,7 @@ fails if a table or a page is out of date.
 """
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -104,6 +105,93 @@ def _seconds(members: list[Row], target: float) -> str:
     return f"{statistics.fmean(sum(seconds[:step]) for step, seconds in clocks):.1f}"
 
 
+SETTINGS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "SST-2": ({}, TUNED),
+    "SST-2, fresh seeds": ({}, FRESH),
+    "SST-2, rank 8": ({"rank": 8}, TUNED),
+    "SST-2, d = 768": ({"model": "MiniLM-L6-d768"}, TUNED),
+    "stdlib": ({"task": "stdlib"}, TUNED),
+    "stdlib, fresh seeds": ({"task": "stdlib"}, FRESH),
+    "GSM8K's questions": ({"task": "gsm8k"}, TUNED),
+    "RTE": ({"task": "rte", "steps": 480}, TUNED),
+    "RTE, fresh seeds": ({"task": "rte", "steps": 480}, FRESH),
+}
+PARTS = {"half": 0.5, "three quarters": 0.75, "the end": 1.0}
+
+
+def compared(method: str = "spectral", peer: str = "adalora") -> str:
+    """Steps that `method` takes to the losses `peer` reaches at parts of its run; medians of seeds.
+
+    Both at the learning rate with the lowest last loss, on the seeds that both ran with.
+    """
+    body = []
+    for name, (wanted, seeds) in SETTINGS.items():
+        wanted = {"task": "sst2", "steps": 160, "rank": 3, "model": "MiniLM-L6"} | wanted
+        runs = {
+            m: _best_rate(rows("convergence", method=m, **wanted), seeds) for m in (method, peer)
+        }
+        common = sorted(runs[method].keys() & runs[peer].keys())
+        if not common:
+            continue
+        ours, theirs = ([runs[m][seed] for seed in common] for m in (method, peer))
+        cells = []
+        for part in PARTS.values():
+            found = []
+            for own, other in zip(ours, theirs, strict=True):
+                course = [
+                    statistics.fmean(other["losses"][i - WINDOW : i])
+                    for i in range(WINDOW, round(part * wanted["steps"]) + 1)
+                ]
+                pair = [reached(row["losses"], min(course)) for row in (own, other)]
+                found.append(pair)
+            cells.append(_ratio(found))
+        last = [f"{statistics.fmean(_last(r) for r in side):.3f}" for side in (ours, theirs)]
+        accuracy = [
+            f"{statistics.fmean(r['accuracy'] for r in side):.3f}" for side in (ours, theirs)
+        ]
+        rates = f"{ours[0]['lr']:g}, {theirs[0]['lr']:g}"
+        body.append([name, str(len(common)), rates, *cells, ", ".join(last), ", ".join(accuracy)])
+    head = ["task", "seeds", "rates", *PARTS, "last losses", "accuracies"]
+    return markdown(head, body)
+
+
+def _best_rate(found: list[Row], seeds: tuple[int, ...]) -> dict[int, Row]:
+    """By seed, the runs at the learning rate that most of the seeds ran with, and ended lowest."""
+    by_rate: dict[float, dict[int, Row]] = {}
+    for row in found:
+        if row["seed"] in seeds:
+            by_rate.setdefault(row["lr"], {})[row["seed"]] = row
+    key = lambda runs: (-len(runs), statistics.fmean(_last(row) for row in runs.values()))  # noqa: E731
+    return min(by_rate.values(), key=key, default={})
+
+
+def _last(row: Row) -> float:
+    return statistics.fmean(row["losses"][-WINDOW:])
+
+
+def _ratio(pairs: list[list[int | None]]) -> str:
+    """Medians of two methods' steps, and the first divided by the second; – : not reached."""
+    ours, theirs = (
+        statistics.median(math.inf if step is None else step for step in side)
+        for side in zip(*pairs, strict=True)
+    )
+    return "–" if math.isinf(ours) else f"{ours:g} : {theirs:g} = {ours / theirs:.2f}"
+
+
+def language(task: str) -> str:
+    """Held-out loss of a language model by steps, each method at each of its rates."""
+    body = []
+    found = rows("language", task=task)
+    for row in sorted(found, key=lambda row: (row["method"], row["lr"] or 0.0, row["seed"] or 0)):
+        held = list(row["held_out"].values())
+        cells = (
+            [f"{loss:.4f}" for loss in held] if len(held) > 1 else ["", "", "", f"{held[0]:.4f}"]
+        )
+        rate = f"{row['lr']:g}" if row["lr"] else "–"
+        body.append([row["method"], rate, "–" if row["seed"] is None else str(row["seed"]), *cells])
+    return markdown(["method", "lr", "seed", "step 10", "step 20", "step 40", "step 60"], body)
+
+
 def spectral_trials(task: str) -> str:
     """Prototypes of the spectral update: loss at the end, best first."""
     found = sorted(rows("spectral_trials", task=task), key=lambda row: row["held_out"])
@@ -146,6 +234,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "convergence-width-1024": lambda: convergence(model="MiniLM-L6-d1024"),
     "convergence-width-1152": lambda: convergence(model="MiniLM-L6-d1152"),
     "convergence-long": lambda: convergence(steps=2000),
+    "convergence-compared": compared,
+    "language-gsm8k": lambda: language("gsm8k"),
+    "language-alpaca": lambda: language("alpaca"),
     "spectral-gsm8k": lambda: spectral_trials("gsm8k"),
     "spectral-alpaca": lambda: spectral_trials("alpaca"),
     "spectral-sst2": lambda: spectral_trials("sst2"),

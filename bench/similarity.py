@@ -116,7 +116,7 @@ def main() -> int:
         arguments.seed, arguments.steps = [0], 10
     runs, rows = Runs("similarity", arguments), []
     for seed in arguments.seed:
-        lrs = {"hyper": arguments.lr_hyper, arguments.peer: arguments.lr_adalora}
+        lrs = {"generated": arguments.lr_hyper, arguments.peer: arguments.lr_adalora}
         key = runs.key(seed=seed, peer=arguments.peer, lr=lrs)
         row = runs.stored(key)
         if row is None:
@@ -127,8 +127,8 @@ def main() -> int:
                 result = runs.train(own, lambda model: {"directions": directions(model)})
                 trained[method], accuracy[method] = result["directions"], result["accuracy"]
             row = key | {
-                "layers": len(trained["hyper"]),
-                "similarity": compare(trained["hyper"], trained[arguments.peer]),
+                "layers": len(trained["generated"]),
+                "similarity": compare(trained["generated"], trained[arguments.peer]),
                 "accuracy": accuracy,
             }
             runs.save(row)

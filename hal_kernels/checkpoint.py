@@ -24,11 +24,11 @@ from .checks import INVALID, expect_finite, expect_mask, expect_tensors
 from .config import HALConfig
 from .files import folder_path, held, serialized, write_atomically
 from .nn.adapter import HyperAdapter
-from .nn.alignment import saved_steps
+from .nn.earlier import OPTIONS, without_offsets, without_sketches
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, adapted_class, linear_widths
 from .nn.notices import shortened
-from .nn.state import LATER
+from .nn.state import LATER, saved_steps
 from .nn.switch import to_spectral
 from .nn.tensors import replace_data
 from .patching import (
@@ -143,7 +143,7 @@ def load_adapter(
     modules = {name: _submodule(owner, name) for name in names}
     _expect_apart(modules, layers)
 
-    state = _taken(tensors, f"{ATTRIBUTE}.")
+    state = without_offsets(_taken(tensors, f"{ATTRIBUTE}."))
     saved = {name: _taken(tensors, f"saved.{name}.") for name in names}
     if tensors:
         raise ValueError(f"the checkpoint holds tensors of nothing it names: {sorted(tensors)}")
@@ -155,8 +155,8 @@ def load_adapter(
     for key in expected.keys() & set(LATER):
         zeros = torch.zeros_like(expected[key])
         state.setdefault(key, zeros.to(state["lam"].dtype) if zeros.is_floating_point() else zeros)
-    if "_extra_state" in state:  # it grows while directions are chosen: `saved_steps` looks at it
-        expected["_extra_state"] = state["_extra_state"]
+    if "_extra_state" in state:
+        state["_extra_state"] = without_sketches(state["_extra_state"])
     expect_tensors(expected, state, "the adapter")
     expect_finite(_without_progress(state), "the adapter")
     for key, tensor in state.items():
@@ -167,7 +167,7 @@ def load_adapter(
                 f"expected {dtype}" + (" as 'lam' has" if dtype != torch.bool else "")
             )
     expect_mask(state["mask"], "mask")
-    steps = saved_steps(config, adapter.layout, state["_extra_state"])
+    steps = saved_steps(state["_extra_state"])
     if header["steps"] != steps:
         raise ValueError(f"{JSON_NAME} says steps {header['steps']!r}, its tensors say {steps}")
     for name, module in modules.items():
@@ -243,7 +243,8 @@ def _parsed(header: dict[str, Any]) -> tuple[HALConfig, list[LayerSpec], list[st
     for key, kind in (("config", dict), ("layers", list), ("saved_modules", list)):
         if not isinstance(header[key], kind):
             raise TypeError(f"{key} is {header[key]!r}, expected a {kind.__name__}")
-    config = HALConfig.from_dict(header["config"])
+    options = {k: v for k, v in header["config"].items() if k not in OPTIONS}
+    config = HALConfig.from_dict(options)
     if config.init_rank is None:
         raise ValueError("init_rank is None, expected an int")
     same: dict[str, Any] = {} if config.rank_pattern else {"init_rank": config.init_rank}

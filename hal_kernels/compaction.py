@@ -48,7 +48,7 @@ def compact_adapter(adapter: HyperAdapter) -> None:
     for name, side in (("p", layout.p), ("q", layout.q)):
         parts = kept[getattr(adapter, f"rows_{name}")].split(side.sizes)
         rows |= {f"{name}_{g.width}": keep for g, keep in zip(side.groups, parts, strict=True)}
-    for prefix in ("", "anchor_", "offset_", "importance_", "uncertainty_", "momentum_"):
+    for prefix in ("", "anchor_", "importance_", "uncertainty_", "momentum_"):
         for name, keep in rows.items():
             tensor = getattr(adapter, f"{prefix}{name}", None)
             if tensor is not None:

@@ -14,8 +14,6 @@ from .ops.orthogonality_penalty import KINDS as PENALTIES
 
 HYPERNETS = ("bert", "mlp", "cnn", "direct")
 UPDATES = ("anchor", "replace", "residual", "spectral")
-INITS = ("gradient", "random")
-OFFSETS = ("none", "lam", "all")
 ALLOCATIONS = ("sensitivity", "ema", "magnitude")
 SCHEDULES = ("fixed", "cubic")
 AUTO = "auto"
@@ -40,24 +38,18 @@ class HALConfig:
             "auto": the task heads of transformers' models, whatever the checkpoint that the model
             was loaded from did not hold, and modules called "classifier", "score" or "qa_outputs".
         hypernet: generator of the factors: "bert" (the paper's), "mlp", "cnn" (its ablation), or
-            "direct": P, Λ, Q are the parameters themselves (AdaLoRA). None: "direct" with
-            update="spectral", else "bert".
+            "direct": P, Λ, Q are the parameters themselves (AdaLoRA). None: "bert" with an `update`
+            that is a hypernetwork's, else "direct".
         norm_first: LayerNorm before attention and before the inner layer (pre-LN) instead of after
             each (post-LN, the paper's). Unused by all but "bert".
-        update: how a hypernetwork's output becomes the factors: "anchor" adds it to the initial
-            factors (starts as the identity), "replace" takes it as it is (the paper's literal
-            rule), "residual" adds it to the last factors. Unused by "direct". Or how factors move
-            that nothing generates: "spectral" takes steps of unit spectral norm along the matrices
+        update: how the factors move. "spectral": by steps of unit spectral norm along the matrices
             of rank r (`ops.spectral_step_`), which keep P and Q orthonormal, at the learning rate
-            of the optimizer that holds them; that optimizer keeps no moments of them.
-        init: where P and Q start: "gradient" takes the top singular vectors of the weights'
-            gradients in the first four optimizer steps (fewer if ranks are allocated before),
-            which move nothing else of the adapter (docs/convergence.md); "random" takes Gaussian
-            rows of unit norm. None: "gradient" for a hypernetwork with "anchor", else "random".
-        offsets: with "anchor", what has trainable offsets of its own beside what hypernetworks
-            generate: "all", at 30 times the learning rate, as many parameters more as AdaLoRA
-            has; "lam", Λ alone, at 100 times: trained parameters hardly grow with depth then, and
-            training ends at a higher loss (docs/convergence.md); "none" is the paper's form.
+            of the optimizer that holds them; that optimizer keeps no moments of them. Or how a
+            hypernetwork's output becomes the factors: "anchor" adds it to the initial factors
+            (starts as the identity), "replace" takes it as it is (the paper's literal rule),
+            "residual" adds it to the last factors. None: "spectral" where no `hypernet` is named,
+            else "anchor", of which hypernet="direct" uses nothing: the optimizer moves the factors
+            itself.
         alpha: scaling s = alpha / rank, constant while pruning goes on.
         rank_pattern: initial ranks of single layers, instead of `init_rank`. Keys are names,
             endings or regular expressions for an ending, as PEFT's; the first that matches counts.
@@ -92,9 +84,7 @@ class HALConfig:
     modules_to_save: str | Sequence[str] | None = AUTO
     hypernet: str | None = None
     norm_first: bool = False
-    update: str = "anchor"
-    init: str | None = None
-    offsets: str = "all"
+    update: str | None = None
     alpha: float = 8.0
     rank_pattern: Mapping[str, int] | None = dataclasses.field(default=None, hash=False)
     alpha_pattern: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
@@ -127,20 +117,15 @@ class HALConfig:
                     f"init_rank is {self.init_rank}, expected at least rank = {self.rank}: "
                     "ranks only shrink (init_rank = rank prunes nothing)"
                 )
+        if self.update is None:
+            chosen = "spectral" if self.hypernet is None else "anchor"
+            object.__setattr__(self, "update", chosen)
         _expect_choice("update", self.update, UPDATES)
         if self.hypernet is None:
             object.__setattr__(self, "hypernet", "direct" if self.spectral else "bert")
         _expect_choice("hypernet", self.hypernet, HYPERNETS)
         if self.spectral:
             self._expect_spectral()
-        if self.init is not None:
-            _expect_choice("init", self.init, INITS)
-            if self.init == "gradient" and self.hypernet != "direct" and self.update == "replace":
-                raise ValueError(
-                    "init is 'gradient', expected 'random': update=\"replace\" keeps nothing of "
-                    "the initial directions"
-                )
-        _expect_choice("offsets", self.offsets, OFFSETS)
         _expect_choice("penalty", self.penalty, PENALTIES)
         _expect_choice("allocation", self.allocation, ALLOCATIONS)
         _expect_choice("schedule", self.schedule, SCHEDULES)
@@ -179,16 +164,15 @@ class HALConfig:
 
     def _expect_spectral(self) -> None:
         """Raise ValueError for what has no meaning where factors take spectral steps."""
-        alone = {"hypernet": "direct", "init": "random"}
-        for name, only in alone.items():
-            if getattr(self, name) not in (None, only):
-                raise ValueError(
-                    f'{name} is {getattr(self, name)!r}, expected {only!r} with update="spectral"'
-                )
+        if self.hypernet != "direct":
+            raise ValueError(
+                f"hypernet is {self.hypernet!r}, expected 'direct' or None with update=\"spectral\""
+            )
         if self.allocation == "ema":
             raise ValueError(
                 "allocation is 'ema', expected 'sensitivity' or 'magnitude' with "
-                'update="spectral": its directions turn, so their elements have no averages'
+                'update="spectral": its directions turn, so their elements have no averages '
+                '(hypernet="direct" trains as AdaLoRA does)'
             )
 
     @property
@@ -200,16 +184,6 @@ class HALConfig:
     def anchored(self) -> bool:
         """Whether a hypernetwork's output is added to the initial factors."""
         return self.hypernet != "direct" and self.update == "anchor"
-
-    @property
-    def own_offsets(self) -> str:
-        """What has offsets of its own: `offsets`, where there is an anchor."""
-        return self.offsets if self.anchored else "none"
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the first optimizer steps choose the initial directions."""
-        return self.init == "gradient" or (self.init is None and self.anchored)
 
     @property
     def scaling(self) -> float:

@@ -36,11 +36,9 @@ def stir(model: nn.Module, seed: int = 0) -> None:
     """Give the adapter an effect: what starts at zero gets random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.hal.named_parameters():
+        for parameter in model.hal.parameters():
             if not parameter.any():
                 scale = 0.3 if parameter.dim() == 1 else 0.3 / parameter.shape[-1] ** 0.5
-                if name.startswith("offset_"):
-                    scale /= hypernet.OFFSET_SCALES[model.hal.config.offsets]
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from lifecycle import patched, small_hypernets, unchanged
+from lifecycle import patched, predict, small_hypernets, unchanged
 from safetensors.torch import load_file, save
 from training import adam, assert_equal, batches, state, train
 
@@ -402,16 +402,22 @@ def test_altered_json(change, message, saved, tmp_path):
             r"'bias' for 'classifier' holds N",
         ),
         (drop("hal._extra_state"), r"missing \['_extra_state'\]"),
-        (put("hal._extra_state", torch.ones(2, dtype=torch.int64)), r"_extra_state has 2 numbers"),
-        (put("hal._extra_state", torch.tensor([-5])), r"_extra_state begins with -5\.0"),
-        (put("hal._extra_state", torch.tensor([0.5])), r"_extra_state begins with 0\.5"),
-        (put("hal._extra_state", torch.tensor([torch.nan])), r"_extra_state begins with nan"),
-        (put("hal._extra_state", torch.tensor([5j])), r"_extra_state begins with nan"),
         (
-            put("hal._extra_state", torch.tensor(5)),
-            r"_extra_state begins with nan and has shape \(\)",
+            put("hal._extra_state", torch.ones(2, dtype=torch.int64)),
+            r"_extra_state. for the adapter has sh",
         ),
-        (put("hal._extra_state", torch.tensor([])), r"_extra_state begins with nan"),
+        (put("hal._extra_state", torch.tensor([-5])), r"_extra_state begins with -5\.0"),
+        (put("hal._extra_state", torch.tensor([0.5])), r"_extra_state. for the adapter has dtype"),
+        (
+            put("hal._extra_state", torch.tensor([torch.nan])),
+            r"_extra_state. for the adapter has dt",
+        ),
+        (put("hal._extra_state", torch.tensor([5j])), r"_extra_state. for the adapter has dtype"),
+        (put("hal._extra_state", torch.tensor(5)), r"_extra_state. for the adapter has shape \(\)"),
+        (
+            put("hal._extra_state", torch.tensor([]).long()),
+            r"_extra_state. for the adapter has shape",
+        ),
         (put("hal._extra_state", torch.tensor([6])), r"says steps 5, its tensors say 6"),
     ],
 )
@@ -421,15 +427,30 @@ def test_altered_tensors(tensors, message, saved, tmp_path):
     refuse(folder, message)
 
 
-def test_sketches_that_hold_nan(tmp_path):
-    """In the first steps, what was seen of the gradients follows the step counter."""
+@pytest.mark.parametrize(("offsets", "scale"), [("all", 30.0), ("lam", 100.0)])
+def test_an_earlier_version_s_offsets_and_sketches(offsets, scale, tmp_path):
+    """Written when hypernetworks had offsets and first steps kept sketches: the same function."""
     model = hal_kernels.patch_model(models.net(), 2, hypernet="bert", seed=1)
-    train(model, adam(model), batches(model, 1))
+    train(model, adam(model), batches(model, 3))
     save_adapter(model, tmp_path)
-    rewrite(tmp_path, tensors=lambda t: t["hal._extra_state"][-1:].fill_(torch.nan))
-    plain = models.net()
-    with unchanged(plain), pytest.raises(ValueError, match="_extra_state holds NaN or Inf"):
-        load_adapter(plain, tmp_path)
+
+    def earlier(tensors):
+        names = [n for n in tensors if n.startswith("hal.anchor_") and offsets in (n[11:], "all")]
+        for name in names:
+            offset = torch.randn_like(tensors[name])
+            tensors[name.replace("anchor_", "offset_")] = offset
+            tensors[name] -= scale * offset
+        tensors["hal._extra_state"] = torch.tensor([3.0, *torch.randn(5)], dtype=torch.float64)
+
+    rewrite(tmp_path, lambda h: h["config"].update(init="gradient", offsets=offsets), earlier)
+    loaded = load_adapter(models.net(), tmp_path)
+    assert loaded.hal.steps == 3
+    batch = models.batch(model)
+    # float32: an anchor of size 1 is found again from a difference of numbers of size 100.
+    torch.testing.assert_close(predict(loaded, **batch), predict(model, **batch), rtol=0, atol=1e-4)
+    rewrite(tmp_path, tensors=lambda t: t.pop("hal.anchor_lam"))
+    with pytest.raises(ValueError, match="'offset_lam' without a fitting 'anchor_lam'"):
+        load_adapter(models.net(), tmp_path)
 
 
 @pytest.mark.parametrize("original", ["[]", "3", "null", "[" * 100_000, "{", "{}"], ids=len)

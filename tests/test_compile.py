@@ -101,10 +101,9 @@ def test_one_graph(hypernet):
 
 @pytest.mark.parametrize("update", ["residual", "replace", "anchor"])
 def test_other_options(update):
-    """Probes on all factors, state read by the generation itself, a penalty with a square root;
-    offsets of all factors."""
+    """Probes on all factors, state read by the generation itself, a penalty with a square root."""
     hypernet = "bert"
-    options = {"update": update, "offsets": "all", "allocation": "ema", "penalty": "frobenius"}
+    options = {"update": update, "allocation": "ema", "penalty": "frobenius"}
     eager, model = (patched(models.net, hypernet, **options) for _ in range(2))
     run, _ = compiled(model)
     optimizers = [adam(eager), adam(model)]

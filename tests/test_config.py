@@ -17,7 +17,6 @@ OTHER = {
     "schedule": "cubic", "interval": 10, "prune_per_interval": 5, "tinit": 20, "tfinal": 30,
     "total_step": 200, "beta1": 0.9, "beta2": 0.8, "dtype": torch.float64, "seed": 3,
     "skip_nonfinite": False, "rank_pattern": {"up.0": 9}, "alpha_pattern": {r".*\.1": 2.5},
-    "init": "gradient", "offsets": "lam",
 }  # fmt: skip
 
 
@@ -25,13 +24,13 @@ def test_defaults():
     config = HALConfig()
     assert dataclasses.asdict(config) == {
         "rank": 3, "init_rank": None, "targets": "all-linear", "exclude": None,
-        "modules_to_save": "auto", "hypernet": "bert",
-        "norm_first": False, "update": "anchor", "alpha": 8.0, "dropout": 0.0, "gamma": 0.1,
+        "modules_to_save": "auto", "hypernet": "direct",
+        "norm_first": False, "update": "spectral", "alpha": 8.0, "dropout": 0.0, "gamma": 0.1,
         "penalty": "squared",
         "allocation": "sensitivity", "schedule": "fixed", "interval": None,
         "prune_per_interval": None, "tinit": 0, "tfinal": 0, "total_step": None, "beta1": 0.85,
         "beta2": 0.85, "dtype": torch.float32, "seed": None, "skip_nonfinite": True,
-        "rank_pattern": None, "alpha_pattern": None, "init": None, "offsets": "all",
+        "rank_pattern": None, "alpha_pattern": None,
     }  # fmt: skip
 
 

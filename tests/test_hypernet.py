@@ -86,7 +86,7 @@ def test_initial_factors_are_near_orthonormal(hypernet):
 ])  # fmt: skip
 def test_every_parameter_gets_a_gradient(hypernet, norm_first, update):
     """Within two steps; the first one can't reach behind output projections that start at zero."""
-    model = patched(hypernet=hypernet, update=update, norm_first=norm_first, init="random")
+    model = patched(hypernet=hypernet, update=update, norm_first=norm_first)
     optimizer = adam(model)
     seen = set()
     for inputs in batches(model, 2):
@@ -105,7 +105,7 @@ def test_the_optimizer_holds_the_hypernetworks_alone(hypernet):
     """Factors, anchors, masks and scores are state: buffers, saved, moved, and never stepped."""
     model = patched(hypernet=hypernet, allocation="ema")
     names = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n for n in names if not n.startswith(("hal.hypernet.", "hal.offset_"))} == {
+    assert {n for n in names if not n.startswith("hal.hypernet.")} == {
         "classifier.weight", "classifier.bias"
     }  # fmt: skip
     index = ("rows", "positions", "offsets")
@@ -167,12 +167,6 @@ def generated_by_hand(model):
         sides = layout.p.split(packed.p), packed.lam.split(layout.ranks), layout.q.split(packed.q)
         return list(zip(*sides, strict=True))
 
-    packed, held = adapter.packed(), dict(adapter.named_parameters())
-    offsets = [
-        held.get(f"offset_{name}", torch.zeros_like(tensor))
-        for name, tensor in zip(adapter._names, packed.tensors(), strict=True)
-    ]
-    offsets = unpacked(model, packed.like(offsets))
     state_i = by_layer("")
     base = by_layer("anchor_") if update == "anchor" else state_i
     masks = adapter.mask.split(layout.ranks)
@@ -193,9 +187,6 @@ def generated_by_hand(model):
         )
         if update != "replace":
             out = tuple(b + o for b, o in zip(base[index], out, strict=True))
-        if update == "anchor":
-            scale = {"lam": 100.0, "all": 30.0}[adapter.config.offsets]
-            out = tuple(o + scale * x for o, x in zip(out, offsets[spec.name], strict=True))
         yield spec.name, out
 
 
@@ -206,16 +197,13 @@ def unpacked(model, packed):
     return {spec.name: (p[i], lam[i], q[i]) for i, spec in enumerate(layout.layers)}
 
 
-@pytest.mark.parametrize(
-    "update, offsets", [(update, "lam") for update in UPDATES] + [("anchor", "all")]
-)
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("hypernet, norm_first", ORDERS)
-def test_update_rule(hypernet, norm_first, update, offsets):
+def test_update_rule(hypernet, norm_first, update):
     """factors_{i+1} = H(factors_i; Φ) for every layer by itself, over steps with pruning."""
     model = patched(
         lambda: models.net(dtype=torch.float64), hypernet=hypernet, update=update,
         norm_first=norm_first, dtype=torch.float64, interval=1, prune_per_interval=1,
-        offsets=offsets,
     )  # fmt: skip
     optimizer = adam(model)
     for inputs in batches(model, 4):
@@ -338,9 +326,9 @@ def test_trainable_count_does_not_grow_with_depth(monkeypatch):
     """The hypernetworks are shared: one more layer adds the embeddings of its directions only."""
     monkeypatch.undo()
     nets = [
-        hal_kernels.patch_model(models.net(depth=d), 2, seed=0, offsets="lam") for d in (1, 2, 4)
+        hal_kernels.patch_model(models.net(depth=d), 2, seed=0, hypernet="bert") for d in (1, 2, 4)
     ]
     counts = [sum(p.numel() for p in trainable(net)) for net in nets]
-    per_block = 2 * 3 * (312 + 1)  # a row of the embedding, and Λ's offset
+    per_block = 2 * 3 * 312  # a row of the embedding
     assert counts[1] - counts[0] == per_block
     assert counts[2] - counts[1] == 2 * per_block

@@ -162,7 +162,7 @@ def test_gradient_scaling_leaves_scores_alone(hypernet, allocation):
 
     Not so for averages with a hypernetwork, whose gradients no scaler sees (docs/method.md).
     """
-    options = CUBIC | {"allocation": allocation, "init": "random"}  # sketches of it are scaled
+    options = CUBIC | {"allocation": allocation}
     model, plain = (
         hal_kernels.patch_model(models.net(), 2, hypernet=hypernet, **options) for _ in range(2)
     )
@@ -178,7 +178,7 @@ def test_gradient_scaling_leaves_scores_alone(hypernet, allocation):
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_skip_nonfinite_can_be_switched_off(hypernet):
-    model = patched_net(hypernet, skip_nonfinite=False, init="random")
+    model = patched_net(hypernet, skip_nonfinite=False)
     optimizer = adam(model)
     step_once(model, optimizer, None, models.batch(model), POISONS["nan"])
     assert model.hal.steps == 1
@@ -246,7 +246,7 @@ def sharpness_aware(optimizer, closure):
 @pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_nonfinite_step_with_a_closure(hypernet, make, call):
     """Gradients are made inside step(), as Lightning does: a bad batch leaves no trace either."""
-    model, clean = (patched_net(hypernet, init="random") for _ in range(2))
+    model, clean = (patched_net(hypernet) for _ in range(2))
     optimizer, clean_optimizer = make(trainable(model)), make(trainable(clean))
 
     def step(model, optimizer, inputs, factor=1.0):

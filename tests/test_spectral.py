@@ -318,8 +318,7 @@ def test_loss_outside_the_model():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"hypernet": "bert"}, r"hypernet is 'bert', expected 'direct' with update=\"spectral\""),
-    ({"init": "gradient"}, r"init is 'gradient', expected 'random' with update=\"spectral\""),
+    ({"hypernet": "bert"}, r"hypernet is 'bert', expected 'direct' or None with update=\"spec"),
     ({"allocation": "ema"}, r"allocation is 'ema', expected 'sensitivity' or 'magnitude'"),
 ])  # fmt: skip
 def test_what_does_not_go_with_it(options, message):
@@ -346,7 +345,7 @@ def test_masks_of_a_pruned_model_hold():
 
 SWITCHES = [
     {"hypernet": "bert", "rank_pattern": {"up.0": 4}},
-    {"hypernet": "mlp", "update": "replace", "init": "random", "allocation": "ema"},
+    {"hypernet": "mlp", "update": "replace", "allocation": "ema"},
     {"hypernet": "direct", "alpha": 3.0},
 ]
 

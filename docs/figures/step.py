@@ -39,35 +39,35 @@ def arrow(
     axes.text(*at, text, fontsize=7.4, color=color, ha="center", va="center")
 
 
-box(1, 24, 15, 12, "State", "factors of step i\nP, Λ, Q of all layers\n(buffers)")
 box(
-    25,
-    24,
-    17,
-    12,
-    "Hypernetworks Φ",
-    "H_P, H_Λ, H_Q: shared\nby all layers, one call\n(what Adam trains)",
+    1, 24, 20, 12, "Packed factors", "P, Λ, Q of all layers\none tensor per width\nΛ_eff = Λ ⊙ mask"
 )
-box(51, 24, 18, 12, "Packed factors", "one tensor per width\nΛ_eff = Λ ⊙ mask\nlayers hold views")
-box(79, 24, 19, 12, "Adapted layers", "y = xWᵀ + b\n+ s·((xP) ⊙ Λ_eff) Q\none operator each")
-box(51, 3, 18, 10, "Allocator", "every ΔT steps: prune the\nlowest |σ·∇σ| of all layers")
-box(79, 3, 19, 10, "Loss", "task loss\n+ γ·orthogonality penalty")
+box(39, 24, 20, 12, "Adapted layers", "y = xWᵀ + b\n+ s·((xP) ⊙ Λ_eff) Q\none operator each")
+box(79, 24, 19, 12, "Loss", "the task's own")
+box(1, 3, 20, 10, "Allocator", "every ΔT steps: prune the\nlowest |σ·∇σ| of all layers")
+box(
+    39,
+    3,
+    20,
+    10,
+    "Spectral step",
+    "momentum, equal lengths,\nbest matrix of rank r;\nall layers in one call",
+)
+box(79, 3, 19, 10, "Learned gain", "do gradients agree\nwith the last steps?")
 
-arrow((16.5, 31), (24.5, 31), "", FORWARD, (20, 33))
-arrow((42.5, 31), (50.5, 31), "generate", FORWARD, (46.5, 32.5))
-arrow((69.5, 31), (78.5, 31), "P, Λ_eff, Q", FORWARD, (74, 32.5))
-arrow((91, 23.5), (91, 13.5), "logits", FORWARD, (94, 18.5))
-arrow((84, 13.5), (84, 23.5), "∂", BACKWARD, (82.6, 18.5), dashed=True)
-arrow((78.5, 27), (69.5, 27), "gradients", BACKWARD, (74, 25.4), dashed=True)
-arrow((50.5, 27), (42.5, 27), "∂Φ", BACKWARD, (46.5, 25.4), dashed=True)
-arrow((57, 23.5), (57, 13.5), "∂Λ_eff\n(unmasked)", BACKWARD, (52.5, 18.5), dashed=True)
-arrow((63, 13.5), (63, 23.5), "mask", FORWARD, (65.6, 18.5))
-arrow((58, 36.5), (9, 36.5), "after optimizer.step(): detached factors become the state",
-      INK, (33.5, 41.8), bend=0.10)  # fmt: skip
-axes.text(1, 9, "forward", fontsize=8, color=FORWARD)
-axes.plot([9, 15], [9.5, 9.5], color=FORWARD, lw=1.3)
-axes.text(1, 6, "backward", fontsize=8, color=BACKWARD)
-axes.plot([9, 15], [6.5, 6.5], color=BACKWARD, lw=1.3, ls="--")
-axes.text(1, 2.6, 'hypernet="direct": P, Λ, Q are the parameters, and there is no Φ', fontsize=7.6)
+arrow((21.5, 31), (38.5, 31), "views", FORWARD, (30, 32.5))
+arrow((59.5, 31), (78.5, 31), "logits", FORWARD, (69, 32.5))
+arrow((78.5, 27), (59.5, 27), "∂", BACKWARD, (69, 28.5), dashed=True)
+arrow((49, 23.5), (49, 13.5), "K = PGᵀ, L = QG", BACKWARD, (57, 18.5), dashed=True)
+arrow((78.5, 8), (59.5, 8), "× learning rate = η", BACKWARD, (69, 9.5))
+arrow((38.5, 11), (21.5, 25), "P⁺, Λ⁺, Q⁺", BACKWARD, (34.5, 18.5))
+arrow((38.5, 5.5), (21.5, 5.5), "∇σ", BACKWARD, (30, 7))
+arrow((11, 13.5), (11, 23.5), "mask", BACKWARD, (7.5, 18.5))
+axes.text(22, 40.5, "forward", fontsize=8, color=FORWARD)
+axes.plot([29, 35], [41, 41], color=FORWARD, lw=1.3)
+axes.text(40, 40.5, "backward", fontsize=8, color=BACKWARD)
+axes.plot([48, 54], [41, 41], color=BACKWARD, lw=1.3, ls="--")
+axes.text(59, 40.5, "optimizer step", fontsize=8, color=BACKWARD)
+axes.plot([71, 77], [41, 41], color=BACKWARD, lw=1.3)
 
 figure.savefig(Path(__file__).with_suffix(".png"), bbox_inches="tight")

@@ -20,19 +20,18 @@ from torch import nn
 
 from ..config import HALConfig
 from ..ops.ragged import Slots
-from .added import adder
-from .alignment import Alignment, alignment_steps, nothing, saved_steps
 from .allocation import allocate, announce
 from .calls import Calls
 from .layout import Layout
 from .notices import Notices
 from .packed import Generation, LayerFactors, Packed
 from .penalty import packed_penalty
+from .probes import Probed
 from .processes import all_agree, expect_shared, share_state, world_size
 from .recompute import Regenerate, inside_backward, refuse_reentrant
 from .run_length import take_run_length
 from .spectral import TANGENT, Taken, advance, register_scalings
-from .state import State
+from .state import State, saved_steps
 from .tensors import all_finite, capturing
 from .threads import Pass, PerThread
 
@@ -43,15 +42,12 @@ _TRANSIENT: dict[str, Any] = {
     "patched": None, "taken": None, "_run_begins": True,
 }  # fmt: skip
 
-_Probed = adder(1.0, copies=True)
-
 
 class HyperAdapter(State):
     """Factors, hypernetworks and rank allocation of all adapted layers of one model.
 
     `patch_model` makes one and registers it as ``model.hal``. With a hypernetwork the factors are
-    buffers, and the optimizer holds the hypernetworks and the offsets that are added to what they
-    generate; with "direct" factors are parameters.
+    buffers, and the optimizer holds the hypernetworks; without one factors are parameters.
 
     Args:
         config: options, `init_rank` settled.
@@ -118,7 +114,6 @@ class HyperAdapter(State):
             tensor = torch.tensor(values, dtype=torch.int64, device=device)
             self.register_buffer(name, tensor, persistent=False)
         self._make_probes()
-        self._make_alignment()
         self.forget()
 
     def _make_probes(self) -> None:
@@ -133,18 +128,9 @@ class HyperAdapter(State):
         watched = self.packed().tensors() if self.config.allocation == "ema" else [self.lam]
         self._probes = [torch.zeros_like(t, requires_grad=True) for t in watched]
 
-    def _make_alignment(self) -> None:
-        self._alignment: Alignment | None = None
-        if self.steps < alignment_steps(self.config, self.layout):
-            self._alignment = Alignment(self.layout, self.lam.dtype, self.lam.device)
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "HyperAdapter":
         super()._apply(fn, recurse)
         self._make_probes()
-        if self._alignment is not None:
-            sums = [fn(t) for t in self._alignment.sums]
-            self._make_alignment()
-            torch._foreach_copy_(self._alignment.sums, sums)
         self.placed = False
         return self
 
@@ -166,8 +152,8 @@ class HyperAdapter(State):
         if not torch.compiler.is_compiling():
             share_state(self)
             self._begin_accumulation()
-            if self._run_begins and self._step_begins and take_run_length(self):
-                self._alignment = None
+            if self._run_begins and self._step_begins:
+                take_run_length(self)
         here.live, here.begins_step = self._generate_with_graph(), self._step_begins
         if here.live.effective.p[0].requires_grad:
             self._step_begins = False
@@ -231,12 +217,9 @@ class HyperAdapter(State):
             packed = live.effective
         if torch.is_grad_enabled():
             self.notices.penalized = True
-        if self.config.spectral:  # orthonormal they are anyway, and have another use for gradients
-            return nothing(packed.tensors())
-        if self._alignment is None:
-            return packed_penalty(self, packed)
-        # These directions are about to be replaced: the penalty counts, and moves nothing.
-        return packed_penalty(self, packed.detach()) + nothing(packed.tensors())
+        if self.config.spectral:  # P and Q stay orthonormal
+            return packed.lam.new_zeros((), requires_grad=torch.is_grad_enabled())
+        return packed_penalty(self, packed)
 
     def loss_term(self, *, counts_once: bool) -> torch.Tensor | None:
         """γ·penalty to be added to this forward's loss, or None.
@@ -284,10 +267,10 @@ class HyperAdapter(State):
         state = self.packed()
         if self.hypernet is None:
             return state
-        prefix = {"anchor": "anchor_", "residual": ""}.get(self.config.update)
+        prefix = {"anchor": "anchor_", "residual": ""}.get(self.config.update or "")
         base = None if prefix is None else self.packed(prefix)
         with torch.autocast(self.mask.device.type, enabled=False):
-            return self.hypernet(state, self.mask, self.slots, base, self.offsets())
+            return self.hypernet(state, self.mask, self.slots, base)
 
     @property
     def slots(self) -> Slots:
@@ -304,7 +287,7 @@ class HyperAdapter(State):
     @property
     def tangent(self) -> float:
         """What the layers' operators scale the gradients of ΔW by that they leave; 0: dP and dQ."""
-        return TANGENT if self.config.spectral and self._alignment is None else 0.0
+        return TANGENT if self.config.spectral else 0.0
 
     def _generate_with_graph(self, *, once: bool = True) -> Generation:
         """One generation inside autograd.
@@ -324,12 +307,6 @@ class HyperAdapter(State):
             tensors = Regenerate.apply(generate, *self.parameters(), *self._probes)
             effective = factors.like(tensors)
         generation = self._with_views(factors, effective)
-        if self._alignment is not None and not capturing(self.mask.device):
-            if not torch.compiler.is_compiling() and factors.lam.any():
-                self._alignment = None  # Λ was set or loaded: these directions are in use
-            else:
-                views = self._alignment.views(effective.tensors())
-                generation = generation._replace(views=views)
         if not torch.compiler.is_compiling():
             self._last_views = generation.views
         return generation
@@ -338,7 +315,7 @@ class HyperAdapter(State):
         """Generated factors with Λ masked; their gradients are left in the probes."""
         effective, probe = factors, self._probes[0]
         if self.config.allocation == "ema":
-            effective = factors.like(_Probed.apply(*factors.tensors(), *self._probes))
+            effective = factors.like(Probed.apply(*factors.tensors(), *self._probes))
             probe = self._probes[self._count_p]
         return effective._replace(lam=torch.addcmul(probe, factors.lam, self.mask))
 
@@ -396,7 +373,7 @@ class HyperAdapter(State):
         """
         if not self.config.skip_nonfinite or capturing(self.mask.device):
             return
-        watched = [*parameters, *self.parameters(), *self._leaves()]
+        watched = [*parameters, *self.parameters(), *self._probes]
         stepped = {id(p): p for p in watched}
         found = [p.grad for p in stepped.values() if p.grad is not None]
         finite = all_agree(all_finite(found), self.mask.device, self.process_group)
@@ -418,18 +395,11 @@ class HyperAdapter(State):
             if self.steps == 1:
                 announce(self)
             self.notices.step_taken(0.0 if self.config.spectral else self.config.gamma)
-            if self._alignment is not None:
-                self._alignment.end_step(self.process_group)
-                if self.steps == alignment_steps(self.config, self.layout):
-                    anchors = [self.packed("anchor_")] if self.config.anchored else []
-                    self._alignment.write([self.packed(), *anchors])
-                    self._alignment = None
-            else:
-                if not self.direct:
-                    torch._foreach_copy_(self.packed().tensors(), recent.tensors())
-                allocate(self)
-                if taken is not None:
-                    advance(self, taken)
+            if not self.direct:
+                torch._foreach_copy_(self.packed().tensors(), recent.tensors())
+            allocate(self)
+            if taken is not None:
+                advance(self, taken)
         self.taken = None
         self._clear_probes()
         self.forget()
@@ -451,33 +421,17 @@ class HyperAdapter(State):
         return Packed((), self._probes[0], ())
 
     def _clear_probes(self) -> None:
-        for leaf in self._leaves():
-            leaf.grad = None
-
-    def _leaves(self) -> list[torch.Tensor]:
-        """Tensors that gradients are left in and no optimizer moves."""
-        return [*self._probes, *(self._alignment.leaves() if self._alignment is not None else [])]
+        for probe in self._probes:
+            probe.grad = None
 
     # -- state -----------------------------------------------------------------------------------
 
     def get_extra_state(self) -> torch.Tensor:
-        """The step counter, as a tensor so that safetensors can hold it.
-
-        In the first steps, what has been seen of the directions follows (float64).
-        """
-        if self._alignment is None or self.steps == 0:
-            return torch.tensor([self.steps], dtype=torch.int64)
-        sums = torch.cat([t.flatten() for t in self._alignment.sums]).double().cpu()
-        return torch.cat([torch.tensor([self.steps], dtype=torch.float64), sums])
+        """The step counter, as a tensor so that safetensors can hold it."""
+        return torch.tensor([self.steps], dtype=torch.int64)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        steps = saved_steps(self.config, self.layout, state)
-        self.steps, numbers = steps, state.numel()
-        self._make_alignment()
-        if steps > 0 and numbers == 1:
-            self._alignment = None
-        elif self._alignment is not None and numbers > 1:
-            self._alignment.take(state[1:])
+        self.steps = saved_steps(state)
         self._run_begins = True
         self.forget()
 

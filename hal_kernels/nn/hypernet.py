@@ -17,18 +17,12 @@ from ..ops.hypernet_factors import hypernet_factors
 from ..ops.hypernet_layer import hypernet_layer
 from ..ops.hypernet_tokens import hypernet_tokens
 from ..ops.ragged import Slots
-from .added import adder
 from .packed import Packed
 
 HIDDEN = 312
 HEADS = 12
 INNER = 1200
 SETS = 3  # P, Λ, Q
-# By what has offsets: Λ alone then moves by AdaLoRA's 1e-2 a step at 1e-4, all factors at 3e-4.
-OFFSET_SCALES = {"lam": 100.0, "all": 30.0}
-# Of the outputs for P, Λ and Q at the start (docs/convergence.md).
-OUTPUT_SCALES = {"none": (1.0, 1.0, 1.0), "lam": (0.3, 0.1, 0.3), "all": (0.1, 0.03, 0.1)}
-_OFFSETS = {which: adder(scale, copies=False) for which, scale in OFFSET_SCALES.items()}
 MLP_WIDTHS = (256,) * 8 + (512,) * 4 + (1024,) * 3
 CNN_STAGES = ((64, 2), (128, 3), (256, 3))  # channels, residual blocks
 CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
@@ -65,10 +59,6 @@ class BertBody(nn.Module):
             tokens, keys, dict(self.named_parameters()), heads=HEADS, norm_first=self.norm_first
         )
 
-    def last_norm(self, which: int) -> torch.Tensor | None:
-        """The scale of one set's outputs; None where no LayerNorm sets it."""
-        return None if self.norm_first else self.norm2_weight[which]  # type: ignore[index]
-
 
 class MLPBody(nn.Module):
     """15 hidden layers of widths 256, 512 and 1024, token by token [4.1.4, 4.6]."""
@@ -88,9 +78,6 @@ class MLPBody(nn.Module):
 
     def forward(self, tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return torch.stack([net(t) for net, t in zip(self.sets, tokens, strict=True)])
-
-    def last_norm(self, which: int) -> torch.Tensor | None:
-        return self.sets[which][-1].weight  # type: ignore[index]
 
 
 class _ResidualBlock(nn.Module):
@@ -140,9 +127,6 @@ class CNNBody(nn.Module):
         outputs = [net(t) for net, t in zip(self.sets, flat, strict=True)]
         return torch.stack(outputs).view(tokens.shape)
 
-    def last_norm(self, which: int) -> torch.Tensor | None:
-        return self.sets[which][-1].weight  # type: ignore[index]
-
 
 BODIES: dict[str, type[nn.Module]] = {"bert": BertBody, "mlp": MLPBody, "cnn": CNNBody}
 
@@ -154,10 +138,6 @@ class Hypernetwork(nn.Module):
         architecture: a key of `BODIES`.
         p_widths, q_widths: the distinct widths of either side, ascending.
         rows: R, singular directions over all layers.
-        offsets: what has offsets of its own: "none", "lam" or "all". Beside them outputs start
-            smaller. A step of the shared maps moves each direction by what is good for all, give or
-            take; what has an offset follows its own gradient too. Λ decides what the loss sees of a
-            direction.
         zero_output: start the output projections at zero (the output is zero at first); else at the
             scale of orthonormal rows, elements of about 1/√d_w.
         options: of the body: `norm_first` for "bert".
@@ -170,7 +150,6 @@ class Hypernetwork(nn.Module):
         q_widths: Sequence[int],
         rows: int,
         *,
-        offsets: str,
         zero_output: bool,
         **options: bool,
     ) -> None:
@@ -184,11 +163,6 @@ class Hypernetwork(nn.Module):
         self.p_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in p_widths)
         self.q_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in q_widths)
         self.lam_out = _projection(HIDDEN, 1, scale * 0.05)  # near the identity, not on it
-        self.offsets = offsets
-        for which, output_scale in enumerate(OUTPUT_SCALES[offsets]):
-            norm = self.body.last_norm(which)  # type: ignore[operator]
-            if norm is not None:
-                norm.detach().fill_(output_scale)
 
     def forward(
         self,
@@ -196,7 +170,6 @@ class Hypernetwork(nn.Module):
         mask: torch.Tensor,
         slots: Slots,
         base: Packed | None = None,
-        offsets: Packed | None = None,
     ) -> Packed:
         """One pass over every layer's factors.
 
@@ -205,7 +178,6 @@ class Hypernetwork(nn.Module):
             mask: ``[R]``, positive where a direction is kept; in the row order of Λ.
             slots: where all rows lie.
             base: what the output is added to, or None.
-            offsets: added to that, times OFFSET_SCALES; empty P and Q where Λ alone has some.
         """
         weights, biases = _parameters(*self.p_in, self.lam_in, *self.q_in)
         tokens, keys = hypernet_tokens(
@@ -213,15 +185,9 @@ class Hypernetwork(nn.Module):
         )
         weights, biases = _parameters(*self.p_out, self.lam_out, *self.q_out)
         added_to = None if base is None else base.tensors()
-        made = factors.like(
+        return factors.like(
             hypernet_factors(self.body(tokens, keys), weights, biases, slots, added_to)
         )
-        if offsets is None:
-            return made
-        add = _OFFSETS[self.offsets].apply
-        if self.offsets == "all":
-            return made.like(add(*made.tensors(), *offsets.tensors()))
-        return Packed(made.p, add(made.lam, offsets.lam)[0], made.q)
 
 
 def _parameters(*maps: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

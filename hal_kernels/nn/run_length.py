@@ -7,32 +7,26 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .alignment import alignment_steps
 from .instances import instances
 
 if TYPE_CHECKING:
     from .adapter import HyperAdapter
 
 
-def take_run_length(adapter: "HyperAdapter") -> bool:
+def take_run_length(adapter: "HyperAdapter") -> None:
     """Let a schedule that is not settled meet its budget within the run of the adapter's Trainer.
 
     Called once, before the first forward of a run. A run that goes on from a checkpoint of the same
     Trainer gets the schedule that it began with; one that trains an adapter further, whose steps
     were taken elsewhere, keeps the one that it has.
-
-    Returns:
-        Whether the run is so short that no step, or none any more, chooses initial directions.
     """
-    config, layout = adapter.config, adapter.layout
+    config = adapter.config
     if config.interval is not None or config.total_step is not None:
-        return False
+        return
     states = [trainer.state for trainer in _trainers() if _trains(trainer, adapter)]
     totals = [state.max_steps for state in states if state.global_step >= adapter.steps]
-    if not totals:
-        return False
-    adapter.config = dataclasses.replace(config, total_step=totals[0])
-    return adapter.steps >= alignment_steps(adapter.config, layout)
+    if totals:
+        adapter.config = dataclasses.replace(config, total_step=totals[0])
 
 
 def _trainers() -> list[Any]:

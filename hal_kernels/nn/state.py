@@ -1,5 +1,7 @@
 """The tensors of an adapter: what is trained, generated and saved."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -58,8 +60,6 @@ class State(nn.Module):
                 self.register_buffer(name, value)
                 if config.anchored:
                     self.register_buffer(f"anchor_{name}", value.clone())
-            if config.own_offsets in (name, "all"):
-                self.register_parameter(f"offset_{name}", nn.Parameter(torch.zeros_like(value)))
             if config.allocation == "ema":
                 self.register_buffer(f"importance_{name}", torch.zeros_like(value))
                 self.register_buffer(f"uncertainty_{name}", torch.zeros_like(value))
@@ -75,7 +75,6 @@ class State(nn.Module):
                 [g.width for g in layout.p.groups],
                 [g.width for g in layout.q.groups],
                 layout.rows,
-                offsets=config.own_offsets,
                 zero_output=config.update != "replace",
                 **({"norm_first": True} if self.norm_first else {}),
             ).to(dtype)
@@ -118,14 +117,6 @@ class State(nn.Module):
         made = [None if n == "lam" else self.get_buffer(f"momentum_{n}") for n in names]
         return Packed(tuple(made[: self._count_p]), self.lam, tuple(made[self._count_p + 1 :]))  # type: ignore[arg-type]
 
-    def offsets(self) -> Packed | None:
-        """What is added to generated factors, P and Q empty where Λ alone has some."""
-        if self.config.own_offsets == "none":
-            return None
-        if self.config.own_offsets == "lam":
-            return Packed((), self.get_parameter("offset_lam"), ())
-        return self.packed("offset_")
-
     @property
     def holds_mask(self) -> bool:
         """Whether pruned directions stay at zero between allocations.
@@ -147,3 +138,18 @@ class State(nn.Module):
         mask = self.mask if self.holds_mask else torch.ones_like(self.mask)
         ranks = torch.tensor(self.layout.ranks, device=mask.device)
         return mask.masked_fill(self.never_called.repeat_interleave(ranks), 0.0)
+
+
+def saved_steps(state: torch.Tensor) -> int:
+    """The optimizer steps that an adapter's extra state says.
+
+    Raises:
+        ValueError: it is not what an adapter has.
+    """
+    first = float(state[0]) if state.shape == (1,) and not state.is_complex() else math.nan
+    if not (first >= 0 and first.is_integer()):
+        raise ValueError(
+            f"_extra_state begins with {first} and has shape {tuple(state.shape)}, expected one "
+            "number of steps"
+        )
+    return int(first)

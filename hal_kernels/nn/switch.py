@@ -16,7 +16,7 @@ def to_spectral(adapter: HyperAdapter) -> HyperAdapter:
     """
     score = "sensitivity" if adapter.config.allocation == "ema" else adapter.config.allocation
     config = dataclasses.replace(
-        adapter.config, update="spectral", hypernet="direct", init="random", allocation=score
+        adapter.config, update="spectral", hypernet="direct", allocation=score
     )
     made = HyperAdapter(config, adapter.layout, adapter.mask.device)
     made.to(adapter.lam.dtype)
@@ -31,7 +31,6 @@ def to_spectral(adapter: HyperAdapter) -> HyperAdapter:
             for to, value in zip(new, _decomposed(factors, mask), strict=True):
                 to.copy_(value)
     made.steps = adapter.steps
-    made._make_alignment()
     return made
 
 

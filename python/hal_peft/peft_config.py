@@ -21,7 +21,7 @@ class HyperAdaLoraType(str, enum.Enum):  # noqa: UP042 (str() as PEFT's own Peft
 
 
 HAL_OPTIONS = (
-    "hypernet", "norm_first", "update", "init", "offsets", "gamma", "penalty", "allocation",
+    "hypernet", "norm_first", "update", "gamma", "penalty", "allocation",
     "schedule", "interval", "prune_per_interval", "tinit", "tfinal", "total_step",
     "beta1", "beta2", "seed", "skip_nonfinite", "rank_pattern", "alpha_pattern",
 )  # fmt: skip
@@ -52,7 +52,7 @@ class HyperAdaLoraConfig(PeftConfig):
         alpha_pattern: lora_alpha of single layers.
         dtype: of factors and hypernetworks: "float32", "float64" or "bfloat16". They keep it
             whatever the base model's is, unless autocast_adapter_dtype=False asks for that.
-        hypernet, norm_first, update, init, offsets, gamma, penalty, allocation, schedule,
+        hypernet, norm_first, update, gamma, penalty, allocation, schedule,
             interval, prune_per_interval, tinit, tfinal, total_step, beta1, beta2, seed,
             skip_nonfinite: as for `hal_kernels.HALConfig`.
 
@@ -93,16 +93,9 @@ class HyperAdaLoraConfig(PeftConfig):
     norm_first: bool = field(
         default=False, metadata={"help": "'bert': LayerNorm before each part instead of after."}
     )
-    update: str = field(
-        default="anchor", metadata={"help": "'anchor', 'replace', 'residual' or 'spectral'."}
-    )
-    init: str | None = field(
+    update: str | None = field(
         default=None,
-        metadata={"help": "Where P and Q start: 'gradient', 'random'; None: as fits."},
-    )
-    offsets: str = field(
-        default="all",
-        metadata={"help": "'anchor': what has trainable offsets: 'none', 'lam' or 'all'."},
+        metadata={"help": "'spectral'; a hypernetwork's 'anchor', 'replace', 'residual'."},
     )
     gamma: float = field(default=0.1, metadata={"help": "Weight of the orthogonality penalty."})
     penalty: str = field(default="squared", metadata={"help": "'squared' or 'frobenius'."})

@@ -12,19 +12,19 @@ from torch import nn
 
 from hal_kernels.checks import expect_finite, expect_mask, expect_tensors
 from hal_kernels.nn.adapter import HyperAdapter
-from hal_kernels.nn.alignment import saved_steps
+from hal_kernels.nn.earlier import without_offsets, without_sketches
 from hal_kernels.nn.layout import Layout
-from hal_kernels.nn.state import LATER
+from hal_kernels.nn.state import LATER, saved_steps
 from hal_kernels.nn.tensors import replace_data
 
 LAYERS = "base_model.model."
 REST = "base_model.hal_adapter."
-FAMILIES = ("", "anchor_", "offset_", "importance_", "uncertainty_", "momentum_")
+FAMILIES = ("", "anchor_", "importance_", "uncertainty_", "momentum_")
 BY_DIRECTION = {"mask": "mask", "hypernet.lam_embedding": "embedding"}
 """Packed names of tensors with one row per direction, beside the factors; and their short names."""
 
 PROGRESS = f"{REST}progress"
-"""The adapter's extra state: the step counter and, in the first steps, the sketches."""
+"""The adapter's extra state: the step counter."""
 
 State = dict[str, torch.Tensor]
 
@@ -52,7 +52,9 @@ def packed(adapter: HyperAdapter, state: Mapping[str, torch.Tensor]) -> tuple[La
     """
     layout, own = adapter.layout, adapter.state_dict()
     later = {f"{REST}{key}": torch.zeros_like(own[key]) for key in LATER if key in own}
-    state = later | dict(state)
+    state = later | without_offsets(state)
+    if PROGRESS in state:
+        state[PROGRESS] = without_sketches(state[PROGRESS])
     expected = by_layer(layout, own)
     if expected.keys() != state.keys():
         raise ValueError(
@@ -77,7 +79,6 @@ def packed(adapter: HyperAdapter, state: Mapping[str, torch.Tensor]) -> tuple[La
         layer = key.rpartition(".hal_")[0]
         if layer in ranks:
             expected[key] = value.new_empty(ranks[layer], *value.shape[1:])
-    expected[PROGRESS] = state[PROGRESS]
     expect_tensors(expected, state, "the adapter")
     factors = {key: value for key, value in state.items() if key != PROGRESS}
     expect_finite(factors, "the adapter")
@@ -85,7 +86,7 @@ def packed(adapter: HyperAdapter, state: Mapping[str, torch.Tensor]) -> tuple[La
         if key.endswith(".hal_mask"):
             expect_mask(value, key)
     try:
-        saved_steps(adapter.config, loaded, state[PROGRESS])
+        saved_steps(state[PROGRESS])
     except ValueError as error:
         raise ValueError(f"the checkpoint's {PROGRESS} does not fit: {error}") from None
     layout = loaded

@@ -22,11 +22,10 @@ def trained(rank, **options):
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_parameters(rank):
-    for offsets in ("lam", "all"):
-        computed = communication.hypernetwork_parameters(SHAPES, rank, offsets)
-        assert computed == trained(rank, offsets=offsets)
-    factors = communication.factor_parameters(SHAPES, rank) + communication.directions(SHAPES, rank)
-    assert factors == trained(rank, hypernet="direct")
+    assert communication.hypernetwork_parameters(SHAPES, rank) == trained(rank, hypernet="bert")
+    factors = communication.factor_parameters(SHAPES, rank)
+    assert factors == trained(rank)
+    assert factors + communication.directions(SHAPES, rank) == trained(rank, hypernet="direct")
 
 
 def test_a_ring_sends_each_byte_nearly_twice():

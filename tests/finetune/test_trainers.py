@@ -5,7 +5,6 @@ import torch
 from training import assert_equal, state
 
 import hal_kernels
-from hal_kernels.nn.alignment import alignment_steps
 
 transformers = pytest.importorskip("transformers")
 
@@ -186,11 +185,9 @@ def test_short_runs_meet_the_rank_budget(kind, steps, tmp_path):
 @pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("saved", [2, 4])
 def test_a_resumed_run_keeps_the_schedule_of_the_whole_one(kind, saved, tmp_path):
-    """Three steps find initial directions, four in a longer run; the fourth prunes."""
-    options = {"interval": None, "init": "gradient", "prune_per_interval": 100}
+    options = {"interval": None, "prune_per_interval": 100}
     whole = make(kind, patched("direct", **options), tmp_path)
     whole.train()
-    assert alignment_steps(whole.model.hal.config, whole.model.hal.layout) == 3
     parts = make(kind, patched("direct", **options, seed=9), tmp_path)
     parts.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
     assert whole.model.hal.config.total_step == parts.model.hal.config.total_step == STEPS

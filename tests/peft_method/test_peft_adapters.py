@@ -238,13 +238,11 @@ def test_hal_kernels_sees_the_active_adapter():
         assert hal_kernels.factors(model).keys() == model.factors().keys()
 
 
-@pytest.mark.parametrize("init", ["gradient", "random"])
 @pytest.mark.parametrize("hypernet", ["direct", "bert"])
-def test_training_goes_on_after_loading(hypernet, init, tmp_path):
+def test_training_goes_on_after_loading(hypernet, tmp_path):
     """Bit for bit the run that was not interrupted: counter, masks and scores are saved."""
     options = {
-        "hypernet": hypernet, "init": init, "interval": 5, "prune_per_interval": 3,
-        "allocation": "ema", "offsets": "none",
+        "hypernet": hypernet, "interval": 5, "prune_per_interval": 3, "allocation": "ema",
     }  # fmt: skip
     sgd = torch.optim.SGD  # which has no state of its own to carry over
     model = MLP.adapted(**options)
@@ -327,10 +325,10 @@ def put(name, change):
         (put(f"{UP}q", lambda t: t * torch.nan), r"hal_q' .* holds NaN or Inf"),
         (
             put(STEPS, lambda t: t.repeat(2)),
-            r"progress does not fit: .* 2 numbers, expected 1 after",
+            r"progress' for the adapter has shape \(2,\), expected \(1,\)",
         ),
         (put(STEPS, lambda t: t - 5), r"progress does not fit: _extra_state begins with -5\.0"),
-        (put(STEPS, lambda t: t * torch.nan), r"progress does not fit: .* begins with nan"),
+        (put(STEPS, lambda t: t * torch.nan), r"progress' for the adapter has dtype"),
         (lambda t: t.pop(STEPS), r"it lacks \['.*adapter\.progress"),
         (put("base_model.model.x", torch.clone), r"unexpected \['.*model\.x'\]"),
         (put(f"{HEAD}bias", lambda t: t[:2]), r"bias' .* has shape \(2,\)"),

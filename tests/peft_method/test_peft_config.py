@@ -45,14 +45,14 @@ def test_every_option_reaches_hal_kernels():
     assert set(HAL_OPTIONS) | renamed | {"dtype"} == known
     config = HyperAdaLoraConfig(
         r=4, init_r=6, lora_alpha=12, lora_dropout=0.1, dtype="bfloat16", hypernet="mlp",
-        update="residual", norm_first=True, init="random", offsets="none", gamma=0.2,
+        update="residual", norm_first=True, gamma=0.2,
         penalty="frobenius", allocation="magnitude", interval=9,
         prune_per_interval=3, seed=5, skip_nonfinite=False, rank_pattern={"a": 5},
         alpha_pattern={"b": 2.0},
     )  # fmt: skip
     assert config.hal_config() == hal_kernels.HALConfig(
         rank=4, init_rank=6, alpha=12, dropout=0.1, dtype=torch.bfloat16, hypernet="mlp",
-        update="residual", norm_first=True, init="random", offsets="none", gamma=0.2,
+        update="residual", norm_first=True, gamma=0.2,
         penalty="frobenius", allocation="magnitude", interval=9,
         prune_per_interval=3, seed=5, skip_nonfinite=False, rank_pattern={"a": 5},
         alpha_pattern={"b": 2.0}, modules_to_save=None,
@@ -73,7 +73,7 @@ def test_every_option_reaches_hal_kernels():
         ({"lora_alpha": 0}, ValueError, r"lora_alpha is 0, expected more than 0"),
         ({"lora_dropout": 1.0}, ValueError, r"lora_dropout is 1\.0, expected"),
         ({"hypernet": "gpt"}, ValueError, r"hypernet is 'gpt', expected one of"),
-        ({"init": "zero"}, ValueError, r"init is 'zero', expected one of"),
+        ({"update": "zero"}, ValueError, r"update is 'zero', expected one of"),
         ({"dtype": "float16"}, ValueError, r"dtype is 'float16', expected one of"),
         ({"schedule": "cubic"}, ValueError, r"total_step is None, expected a number of steps"),
         ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] is 0"),

@@ -71,7 +71,7 @@ def test_a_new_head_is_trained_and_saved(kind, config, batch, task, heads, tmp_p
     model = base(kind, config, heads, seed=1)
     before = copy.deepcopy(model)
     model = peft.get_peft_model(
-        model, hal_peft.HyperAdaLoraConfig(r=2, task_type=task, hypernet="direct", init="random")
+        model, hal_peft.HyperAdaLoraConfig(r=2, task_type=task, hypernet="direct")
     )
     assert not any(
         isinstance(module, HyperAdaLoraLinear)

@@ -133,7 +133,7 @@ def test_under_peft(kind, base, tmp_path):
 def test_under_patch_model(kind, base, tmp_path):
     plain, model = base(kind), base(kind)
     inputs = batch(plain)
-    hal_kernels.patch_model(model, 2, hypernet="direct", init="random", seed=0)
+    hal_kernels.patch_model(model, 2, hypernet="direct", seed=0)
     check_training(model, inputs)
     expected = zoo.logits(model, inputs)
     with hal_kernels.disabled(model):

@@ -11,7 +11,6 @@ import transformers as hf
 from torch import nn
 
 import hal_peft
-from hal_kernels.nn.hypernet import OUTPUT_SCALES
 
 SMALL = {
     "vocab_size": models.VOCABULARY,
@@ -44,7 +43,7 @@ class Case:
     def config(self, **options: Any) -> hal_peft.HyperAdaLoraConfig:
         defaults = {
             "r": 2, "hypernet": "direct", "task_type": self.task, "target_modules": self.targets,
-            "modules_to_save": list(self.modules_to_save) or None, "seed": 0, "init": "random",
+            "modules_to_save": list(self.modules_to_save) or None, "seed": 0,
         }  # fmt: skip
         return hal_peft.HyperAdaLoraConfig(**defaults | options)
 
@@ -258,11 +257,10 @@ def perturb(model: peft.PeftModel, name: str = "default", size: float = 0.5) -> 
     with torch.no_grad():
         adapter.lam.normal_(std=size)
         if not adapter.direct:  # where it is an input only
-            scales = OUTPUT_SCALES[adapter.config.own_offsets]
             for name, parameter in adapter.hypernet.named_parameters():
                 if "_out." in name and name.endswith("weight"):  # of 312 inputs of that scale
                     std = size / 180 if name.startswith("lam") else 0.0015
-                    parameter.normal_(std=std / scales["plq".index(name[0])])
+                    parameter.normal_(std=std)
     adapter.forget()
 
 
