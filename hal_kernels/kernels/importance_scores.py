@@ -2,16 +2,12 @@
 """The scores of all directions in one launch: a program a direction, which finds its own rows."""
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ..ops.importance_scores import _default
-from .cases import POINTERS, Case
-from .configs import ARCHITECTURES
 from .launch import DTYPES, on_device_of
 
 COLUMNS = 1024  # of a row at a time
@@ -78,18 +74,3 @@ def importance_scores(
             P=count_p, M=len(importance), BN=COLUMNS, num_warps=4,
         )  # fmt: skip
     return scores
-
-
-def cases() -> Iterator[Case]:
-    """Averages over five tensors."""
-    n = 5
-    for architecture, dtype in itertools.product(ARCHITECTURES, (torch.float32, torch.bfloat16)):
-        pointer = POINTERS[dtype]
-        types: dict[str, Any] = dict.fromkeys(("importance", "uncertainty"), (pointer,) * n)
-        types |= dict.fromkeys(("starts", "sizes", "widths"), ("i32",) * n)
-        types |= dict.fromkeys(("positions_p", "positions_q"), "*i64")
-        types |= dict.fromkeys(("mask", "scores"), pointer)
-        constants = {"P": 2, "M": n, "BN": COLUMNS}
-        options = {"num_warps": 4, "num_stages": 3}
-        aligned = ("importance", "uncertainty", "widths")
-        yield Case(importance_scores_kernel, types, constants, options, aligned, architecture)

@@ -7,15 +7,12 @@ nothing is copied to the device, and a captured CUDA graph holds no table that c
 """
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .cases import Case
-from .configs import ARCHITECTURES, HIGHEST_RANK, architecture_of
+from .configs import HIGHEST_RANK, architecture_of
 from .launch import DTYPES, dot_precision, on_device_of
 
 
@@ -207,30 +204,3 @@ def _suits(factors: list[torch.Tensor], max_ranks: list[int]) -> bool:
 def _starts(counts: list[int]) -> tuple[int, ...]:
     """Each entry's first program."""
     return tuple(itertools.accumulate(counts[:-1], initial=0))
-
-
-def cases() -> Iterator[Case]:
-    """Launches over four widths."""
-    n = 4
-    signature: dict[str, Any] = {"offsets": ("*i64",) * n, "residuals": ("*fp32",) * n}
-    signature |= dict.fromkeys(("starts", "widths", "ranks"), ("i32",) * n)
-    signature |= dict.fromkeys(("norms", "value", "dvalue"), "*fp32")
-    signature |= {"weight": "fp32", "count": "i32"}
-    aligned = ("factors", "offsets", "residuals", "widths")
-    for arch, gpu in ARCHITECTURES.items():
-        precision = "ieee" if arch.startswith("gfx") else "tf32x3"
-        for (rank, tiles), pointer in itertools.product(gpu.penalty.items(), ("*fp32", "*bf16")):
-            types = signature | dict.fromkeys(("factors", "gradients"), (pointer,) * n)
-            constants = {"N": n, "BR": rank, "SQUARED": False, "PRECISION": precision}
-            tile = tiles.residual
-            yield Case(
-                _residual_kernel, types, constants | {"BK": tile.columns}, tile.options,
-                (*aligned, "norms"), arch,
-            )  # fmt: skip
-            tile = tiles.gradient
-            yield Case(
-                _gradient_kernel, types, constants | {"BJ": tile.depth, "BK": tile.columns},
-                tile.options, (*aligned, "gradients", "dvalue"), arch,
-            )  # fmt: skip
-        options = {"num_warps": 4, "num_stages": 3}
-        yield Case(_sum_kernel, signature, {"BLOCK": 1024}, options, ("norms", "value"), arch)

@@ -10,15 +10,11 @@ and exact about ties, signed zeros and the sign of a NaN, which a radix sort ord
 """
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .cases import Case
-from .configs import ARCHITECTURES
 from .launch import DTYPES, on_device_of
 
 BLOCK = 1024  # elements of one program of the averages
@@ -134,20 +130,3 @@ def _suits(tensors: list[torch.Tensor]) -> bool:
     """One of the kernels' dtypes for a whole list; the default implementation takes float64."""
     dtypes = {t.dtype for t in tensors}
     return len(dtypes) == 1 and dtypes <= set(DTYPES)
-
-
-def cases() -> Iterator[Case]:
-    """Averages in float32 over five tensors, and masks."""
-    n = 5
-    lists = ("importance", "uncertainty", "values", "gradients")
-    for arch, pointer in itertools.product(ARCHITECTURES, ("*fp32", "*bf16")):
-        types: dict[str, Any] = dict.fromkeys(("starts", "sizes"), ("i32",) * n)
-        types |= dict.fromkeys(("beta1", "beta2"), "fp32")
-        types |= dict.fromkeys(lists[:2], ("*fp32",) * n)
-        types |= dict.fromkeys(lists[2:], (pointer,) * n)
-        options = {"num_warps": 4, "num_stages": 3}
-        constants = {"N": n, "BLOCK": BLOCK}
-        yield Case(_importance_kernel, types, constants, options, (*lists, "sizes"), arch)
-        types = {"scores": pointer, "mask": pointer, "size": "i32", "count": "i32"}
-        constants = {"BT": ROWS, "BN": COLUMNS}
-        yield Case(_prune_kernel, types, constants, options, ("scores", "mask"), arch)
