@@ -124,6 +124,12 @@ def _gradient_kernel(
     tl.store(p_out, b_gradient, mask=m_r[:, None] & m_k)
 
 
+def supported(factors: list[torch.Tensor], max_ranks: list[int]) -> bool:
+    """Whether factors have one of the kernels' dtypes, and ranks up to 128."""
+    dtypes = {f.dtype for f in factors}
+    return len(dtypes) == 1 and dtypes <= set(DTYPES) and max(max_ranks) <= HIGHEST_RANK
+
+
 def forward(
     factors: list[torch.Tensor],
     offsets: list[torch.Tensor],
@@ -131,11 +137,7 @@ def forward(
     squared: bool,
     weight: float,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Two launches: residuals and norms of all matrices, and the norms' sum."""
-    if not _suits(factors, max_ranks):
-        from ..ops.orthogonality_penalty import _forward
-
-        return _forward(factors, offsets, max_ranks, squared, weight)
+    """Residuals and norms of all matrices, and the norms' sum: two launches."""
     factors = [f.contiguous() for f in factors]
     counts = [o.shape[0] - 1 for o in offsets]
     residuals = [
@@ -168,10 +170,6 @@ def backward(
     weight: float,
 ) -> list[torch.Tensor]:
     """One launch."""
-    if not _suits(factors, max_ranks):
-        from ..ops.orthogonality_penalty import _backward_default
-
-        return _backward_default(dvalue, factors, residuals, offsets, max_ranks, squared, weight)
     factors = [f.contiguous() for f in factors]
     gradients = [torch.empty_like(f) for f in factors]
     rank, tiles = architecture_of(dvalue.device).penalty_tiles(max(max_ranks))
@@ -190,15 +188,6 @@ def backward(
                 PRECISION=dot_precision(torch.float32), **tile.options,
             )  # fmt: skip
     return gradients
-
-
-def _suits(factors: list[torch.Tensor], max_ranks: list[int]) -> bool:
-    """The kernels take float32, bfloat16 or float16 (one of them) and ranks up to 128.
-
-    float64 and larger ranks are left to the default implementation.
-    """
-    dtypes = {f.dtype for f in factors}
-    return len(dtypes) == 1 and dtypes <= set(DTYPES) and max(max_ranks) <= HIGHEST_RANK
 
 
 def _starts(counts: list[int]) -> tuple[int, ...]:

@@ -81,6 +81,12 @@ def _prune_kernel(scores, mask, size, count, BT: tl.constexpr, BN: tl.constexpr)
     tl.store(mask + o_t, b_mask, mask=o_t < size)
 
 
+def supported(tensors: list[torch.Tensor]) -> bool:
+    """Whether a whole list has one of the kernels' dtypes."""
+    dtypes = {t.dtype for t in tensors}
+    return len(dtypes) == 1 and dtypes <= set(DTYPES)
+
+
 def update_importance(
     importance: list[torch.Tensor],
     uncertainty: list[torch.Tensor],
@@ -91,10 +97,6 @@ def update_importance(
 ) -> None:
     """One launch, in place."""
     lists = (importance, uncertainty, values, gradients)
-    if not all(_suits(tensors) for tensors in lists):
-        from ..ops.rank_allocation import _update_importance
-
-        return _update_importance(importance, uncertainty, values, gradients, beta1, beta2)
     packed = [tuple(t.contiguous() for t in tensors) for tensors in lists]
     sizes = tuple(t.numel() for t in importance)
     blocks = [triton.cdiv(n, BLOCK) for n in sizes]
@@ -111,11 +113,7 @@ def update_importance(
 
 
 def prune_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """One launch."""
-    if scores.dtype not in DTYPES:  # float64's order does not fit 32 bits
-        from ..ops.rank_allocation import _prune_smallest
-
-        return _prune_smallest(scores, count)
+    """One launch. float64 is not `supported`: its order does not fit 32 bits."""
     scores = scores.contiguous()
     mask, size = torch.empty_like(scores), scores.shape[0]
     if size:
@@ -124,9 +122,3 @@ def prune_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
                 scores, mask, size, count, BT=ROWS, BN=COLUMNS, num_warps=4
             )
     return mask
-
-
-def _suits(tensors: list[torch.Tensor]) -> bool:
-    """One of the kernels' dtypes for a whole list; the default implementation takes float64."""
-    dtypes = {t.dtype for t in tensors}
-    return len(dtypes) == 1 and dtypes <= set(DTYPES)
