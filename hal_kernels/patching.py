@@ -345,6 +345,10 @@ class _Hook:
 
 
 class _Opening(_Hook):
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        watch(self.adapter)  # a copy of a model is trained like the original
+
     def __call__(self, model: nn.Module, args: Any) -> None:
         adapter = self.adapter
         if not torch.compiler.is_compiling() and not adapter.disabled:
