@@ -85,7 +85,7 @@ sanitize: install $(SANITIZED) ## run the operators' tests under AddressSanitize
 	$(PY) -m pytest --capture=sys tests/ops tests/test_native.py $(ARGS)
 
 gpu-check: install ## compile the kernels for GPUs that need not be there; try bench/gpu.sh out
-	$(PY) -m hal_kernels.kernels.report --quick --arch sm_80 sm_90 sm_100 gfx942
+	$(PY) -m tools.report --quick --arch sm_80 sm_90 sm_100 gfx942
 	PYTHON="$(CURDIR)/$(PY)" bench/gpu.sh build/gpu --dry-run
 
 coverage: install ## run the tests and report the lines of hal_kernels that none reaches
@@ -119,4 +119,4 @@ format: install ## put every file into the format that lint checks
 # The stamp goes too: an extension built in place is deleted, so the next target builds it again.
 clean: ## delete what builds, tests and runs leave behind; .venv stays
 	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .coverage .coverage.* htmlcov demo_out $(MADE)-project
-	find hal_kernels python tests bench -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -exec rm -f {} +
+	find hal_kernels python tests bench tools -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -exec rm -f {} +

@@ -18,7 +18,7 @@
 #   quantized   training and merging on bitsandbytes' and torchao's weights; skipped without them
 #   tests       the tests of operators and kernels, compiled, on the GPU
 #   sanitizer   the check once more under compute-sanitizer: memcheck and racecheck
-#   tune        one step from a few tiles, into OUT; what is installed stays as it is
+#   tune        one step from a few tiles; log.txt says which are faster
 #   launches    launches of a step, counted
 #   report      registers, spills, shared memory and occupancy of every kernel
 #
@@ -166,9 +166,9 @@ part_tune() {
   local ranks  # the lowest class of ranks that this GPU has tiles for
   ranks=$("$PYTHON" -c '
 import torch
-from hal_kernels.kernels.configs import DEFAULT, shipped
-print(min((shipped(0) if torch.cuda.is_available() else DEFAULT).svd))') &&
-    "$PYTHON" -m hal_kernels.tune --quick --output "$OUT/tuned.json" ${DRY:+--dry-run} \
+from hal_kernels.kernels.configs import architecture_of
+print(min(architecture_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")).svd))') &&
+    "$PYTHON" -m tools.tune --quick ${DRY:+--dry-run} \
       --only "svd.$ranks".{shrink,dy,x} slots.few.factors
 }
 
@@ -177,7 +177,7 @@ part_launches() {
 }
 
 part_report() {
-  "$PYTHON" -m hal_kernels.kernels.report --json "$OUT/report.json" ${DRY:+--kernel dropout}
+  "$PYTHON" -m tools.report --json "$OUT/report.json" ${DRY:+--kernel dropout}
 }
 
 failed=0 rows=()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hal_kernels.kernels.configs import architecture_of
-from hal_kernels.kernels.traffic import gemm
+from tools.traffic import gemm
 
 from .models import DECODER, Base
 from .operators import rates

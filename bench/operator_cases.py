@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hal_kernels import ops
-from hal_kernels.kernels import traffic
+from tools import traffic
 
 Inputs = dict[str, Any]
 Outputs = torch.Tensor | Sequence[torch.Tensor]

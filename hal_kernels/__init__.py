@@ -9,15 +9,17 @@ a single adapted layer is `HALLinear.from_linear`.
 
 from . import ops
 from .backends import backends
-from .checkpoint import load_adapter, save_adapter
+from .checkpoint import load_adapter
 from .compaction import compact
 from .config import HALConfig
 from .distributed import replicate
 from .export import export_lora
 from .introspection import Factors, factors, penalty, rank_pattern, step
-from .merging import disabled, merge, unmerge
+from .merging import merge, unmerge
 from .nn import HALLinear
+from .patched import disabled
 from .patching import patch_model
+from .saving import save_adapter
 
 __version__ = "0.1.0"
 

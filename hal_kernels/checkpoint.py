@@ -1,17 +1,12 @@
-"""Adapter checkpoints: safetensors and JSON, written so that a crash never costs one.
+"""Loading an adapter checkpoint, as `saving` writes it.
 
-A checkpoint is a folder with ``adapter.json`` and one ``adapter-<digest>.safetensors``. The JSON
-file names the tensor file and its SHA-256, and replacing it is the one atomic moment of a save:
-before it the old checkpoint is whole, after it the new one is. The tensor file holds a copy of
-what the JSON file says, so that neither can be altered unnoticed. Loading believes neither: all
-that they say is compared with their tensors and the model before the model is touched.
+Neither the JSON file nor the tensor file is believed: all that they say is compared with their
+tensors and the model before the model is touched.
 """
 
 import hashlib
 import json
 import os
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,83 +17,19 @@ from torch import nn
 
 from .checks import INVALID, expect_finite, expect_mask, expect_tensors
 from .config import HALConfig
-from .files import folder_path, held, serialized, write_atomically
+from .files import folder_path
 from .nn.adapter import HyperAdapter
 from .nn.earlier import OPTIONS, without_offsets, without_sketches
 from .nn.layout import LayerSpec, Layout
 from .nn.linear import AdaptedLayer, adapted_class, linear_widths
-from .nn.notices import shortened
 from .nn.state import LATER, saved_steps
 from .nn.switch import to_spectral
 from .nn.tensors import replace_data
-from .patching import (
-    ATTRIBUTE,
-    adapted_layers,
-    attach,
-    enabled_adapter,
-    expect_unpatched,
-    owner_of,
-    saved_modules,
-)
+from .patched import ATTRIBUTE, adapted_layers, enabled_adapter, owner_of
+from .patching import attach, expect_unpatched
+from .saving import FORMAT, JSON_NAME, TENSOR_NAME, without_progress
 from .stepping import torch_optimizers
 from .targets import expect_usable
-
-FORMAT = 1
-JSON_NAME = "adapter.json"
-_TENSOR_NAME = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
-
-
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the adapter and its training state into the folder `path`.
-
-    Saved: configuration, factors, anchors, hypernetworks, masks, scores, the step counter, and the
-    modules trained in full. An optimizer saves its own state. The save is atomic: killed at any
-    moment, the folder holds the former checkpoint or this one.
-
-    Raises:
-        TypeError, ValueError: `model` is no module, not patched, or has other layers since; `path`
-            is no path; a tensor holds NaN or Inf, from which no training goes on. OSError: can't
-            write there. Nothing was written then.
-    """
-    adapter, folder = enabled_adapter(model), folder_path(path, to_write=True)
-    _warn_of_unsaved(model, adapter)
-    own = adapter.state_dict()
-    expect_finite(_without_progress(own), "the adapter")
-    tensors = {f"{ATTRIBUTE}.{key}": value for key, value in own.items()}
-    for name, module in saved_modules(model):
-        state = module.state_dict()
-        expect_finite(state, repr(name), or_inf=True)
-        tensors |= {f"saved.{name}.{key}": v for key, v in state.items()}
-    header = {
-        "format": FORMAT,
-        "config": adapter.config.to_dict(),
-        "layers": [vars(spec) for spec in adapter.layout.layers],
-        "saved_modules": list(adapter.saved_modules),
-        "steps": adapter.steps,
-    }
-    data = serialized(tensors, {"header": json.dumps(header)})
-    digest = hashlib.sha256(data).hexdigest()
-    file = f"adapter-{digest[:16]}.safetensors"
-    header["tensors"] = {"file": file, "sha256": digest}
-    with held(folder, [JSON_NAME, "adapter-*.safetensors"]):
-        write_atomically(folder / file, data)
-        write_atomically(folder / JSON_NAME, json.dumps(header, indent=2).encode())
-        for old in folder.glob("adapter-*.safetensors"):
-            if old.name != file and _TENSOR_NAME.fullmatch(old.name):
-                old.unlink(missing_ok=True)
-
-
-def _warn_of_unsaved(model: nn.Module, adapter: HyperAdapter) -> None:
-    """Warn of what the user trains beside the adapter and what is not saved with it."""
-    saved = {id(p) for _, module in saved_modules(model) for p in module.parameters()}
-    saved |= {id(p) for p in adapter.parameters()}
-    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
-    if others:
-        warnings.warn(
-            f"hal_kernels: {shortened(others)}: trained, and not saved with the adapter; save them "
-            "yourself, or name the modules that hold them in modules_to_save",
-            stacklevel=3,
-        )
 
 
 def load_adapter(
@@ -158,7 +89,7 @@ def load_adapter(
     if "_extra_state" in state:
         state["_extra_state"] = without_sketches(state["_extra_state"])
     expect_tensors(expected, state, "the adapter")
-    expect_finite(_without_progress(state), "the adapter")
+    expect_finite(without_progress(state), "the adapter")
     for key, tensor in state.items():
         dtype = torch.bool if key == "never_called" else state["lam"].dtype
         if key != "_extra_state" and tensor.dtype != dtype:
@@ -202,7 +133,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise ValueError(f"{path} is not a valid checkpoint: {error!r}") from error
     if version != FORMAT:
         raise ValueError(f"{path} has format {version!r}, expected {FORMAT}")
-    if not isinstance(file, str) or not _TENSOR_NAME.fullmatch(file):
+    if not isinstance(file, str) or not TENSOR_NAME.fullmatch(file):
         raise ValueError(
             f"{path} names the tensor file {file!r}, expected adapter-<16 digits>.safetensors"
         )
@@ -319,10 +250,6 @@ def _expect_same_names(adapter: HyperAdapter, specs: list[LayerSpec]) -> None:
     if here != there:
         differing = sorted(set(here) ^ set(there)) or "their order"
         raise ValueError(f"the checkpoint's layers are not the model's; differing: {differing}")
-
-
-def _without_progress(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in state.items() if key != "_extra_state"}
 
 
 def _taken(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from torch import nn
 
 from .nn.adapter import HyperAdapter
 from .nn.tensors import replace_data
-from .patching import intact_adapter
+from .patched import intact_adapter
 from .stepping import torch_optimizers
 
 

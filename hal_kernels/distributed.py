@@ -10,7 +10,7 @@ from torch import distributed as dist
 from torch import nn
 
 from .nn.processes import average_, first_rank
-from .patching import find_adapter
+from .patched import find_adapter
 
 
 def replicate(model: nn.Module, *, process_group: Any = None) -> set[nn.Parameter]:

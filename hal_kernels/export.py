@@ -20,7 +20,7 @@ from .files import folder_path, serialized, write_together
 from .introspection import Factors, factors
 from .merging import merged_weight
 from .nn.linear import is_conv1d, is_foreign
-from .patching import adapted_layers, enabled_adapter, owner_of, saved_modules
+from .patched import adapted_layers, enabled_adapter, owner_of, saved_modules
 from .targets import matches
 
 PREFIX = "base_model.model."

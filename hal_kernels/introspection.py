@@ -7,7 +7,7 @@ from torch import nn
 
 from .nn.adapter import HyperAdapter
 from .nn.linear import HALLinear
-from .patching import find_adapter, intact_adapter
+from .patched import find_adapter, intact_adapter
 
 
 class Factors(NamedTuple):

@@ -1,8 +1,5 @@
-"""`merge` and `unmerge`: the adapter folded into plain linear layers, and taken out again.
-`disabled`: the base model's output for a while."""
+"""`merge` and `unmerge`: the adapter folded into plain linear layers, and taken out again."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,17 +8,8 @@ from torch import nn
 from .introspection import factors
 from .nn.adapter import HyperAdapter
 from .nn.linear import AdaptedLayer, is_foreign
-from .patching import (
-    adapted_layers,
-    attach,
-    detach_adapter,
-    enabled_adapter,
-    expect_in_place,
-    expect_unpatched,
-    find_adapter,
-    owner_of,
-    saved_modules,
-)
+from .patched import adapted_layers, enabled_adapter, expect_in_place, owner_of
+from .patching import attach, detach_adapter, expect_unpatched
 from .targets import base_weight
 
 
@@ -100,53 +88,6 @@ def unmerge(model: nn.Module) -> nn.Module:
     for name, parameter in owner.named_parameters():
         parameter.requires_grad_(merged.requires_grad.get(name, parameter.requires_grad))
     return owner
-
-
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model computes what the base model did, bit for bit.
-
-    Modules trained in full (`modules_to_save`) have their original tensors there, as in PEFT. The
-    adapter is back afterwards, also after an exception. Blocks may be nested.
-
-    Raises:
-        TypeError, ValueError: `model` is no module, or not patched.
-    """
-    adapter = find_adapter(model)
-    if adapter.disabled:
-        yield model
-        return
-    owner = owner_of(model)
-    exchanged = []
-    for name, module in saved_modules(model):
-        trained = module.state_dict(keep_vars=True)
-        for key, original in adapter.saved_modules[name].items():
-            exchanged.append((trained[key], _like(trained[key], original)))
-    adapter.disabled = True
-    _exchange(owner, exchanged)
-    try:
-        yield model
-    finally:
-        _exchange(owner, [(original, trained) for trained, original in exchanged])
-        adapter.disabled = False
-
-
-def _like(trained: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    moved = original.to(trained.device, trained.dtype)
-    return nn.Parameter(moved, False) if isinstance(trained, nn.Parameter) else moved
-
-
-def _exchange(model: nn.Module, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Put the second tensor of each pair wherever the model holds the first, tied places included.
-
-    The tensors themselves stay as they are, so a graph that holds them can still run backward.
-    """
-    replacement = {id(old): new for old, new in pairs}
-    for module in model.modules():
-        stores: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for store in stores:
-            for name, tensor in store.items():
-                store[name] = replacement.get(id(tensor), tensor)
 
 
 def merged_weight(layer: AdaptedLayer, delta: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from .nn.linear import AdaptedLayer, HALLinear, LayerSlot, adapted_class, linear
 from .nn.notices import shortened
 from .nn.setting import expect_supported
 from .nn.shared_input import SharedInput, find_groups
+from .patched import ATTRIBUTE, adapted_layers, find_adapter, owner_of
+from .pretrained import SavePretrained
 from .stepping import watch
 from .targets import is_transformers, saved_module_names, target_layers, untrained_names
 
-ATTRIBUTE = "hal"
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -143,8 +144,6 @@ def attach(
         layer.__class__ = adapted
     setattr(model, ATTRIBUTE, adapter)
     if is_transformers(model):
-        from .pretrained import SavePretrained  # which saves with what is built on this module
-
         model.__dict__["save_pretrained"] = SavePretrained(model)
     model.__dict__["_hal_hooks"] = hook_forward(model, adapter, groups)
     # Or DistributedDataParallel would send the state, which is alike everywhere, with every step.
@@ -185,7 +184,7 @@ def _choose_checkpointing(model: nn.Module) -> None:
 def detach_adapter(model: nn.Module) -> HyperAdapter:
     """Take the adapter out of `model`: its layers get their own classes back."""
     adapter = find_adapter(model)
-    owner = _owner(model)
+    owner = owner_of(model)
     for layer in adapted_layers(owner).values():
         slot = layer.__dict__.pop("_hal")
         layer.__class__ = slot.original_class
@@ -198,137 +197,6 @@ def detach_adapter(model: nn.Module) -> HyperAdapter:
     delattr(owner, ATTRIBUTE)
     owner.__dict__.pop("save_pretrained", None)
     return adapter
-
-
-def find_adapter(model: nn.Module) -> HyperAdapter:
-    """The adapter of a patched model, also through wrappers such as DistributedDataParallel.
-
-    Of a model whose adapters have another owner (hal_peft's), the one that is enabled.
-
-    Raises:
-        TypeError: `model` is no module. ValueError: it is not patched, or several are enabled.
-    """
-    if isinstance(model, nn.Module):
-        held = {id(m._modules.get(ATTRIBUTE)) for m in model.modules()}
-        adapters = [m for m in model.modules() if isinstance(m, HyperAdapter) and id(m) not in held]
-        enabled = [adapter for adapter in adapters if not adapter.disabled]
-        if len(enabled) == 1 or len(adapters) == 1:
-            return (enabled or adapters)[0]
-        if adapters:
-            raise ValueError(
-                f"model holds {len(adapters)} adapters of which {len(enabled)} are enabled, "
-                "expected one"
-            )
-    adapter = getattr(_owner(model), ATTRIBUTE)
-    assert isinstance(adapter, HyperAdapter)
-    return adapter
-
-
-def intact_adapter(model: nn.Module) -> HyperAdapter:
-    """`find_adapter`, refused if a patched model's layers are no longer those that were adapted."""
-    adapter = find_adapter(model)
-    if any(m._modules.get(ATTRIBUTE) is adapter for m in model.modules()):
-        adapted_layers(model)
-    return adapter
-
-
-def enabled_adapter(model: nn.Module) -> HyperAdapter:
-    """`intact_adapter`, refused inside a `disabled` block, where trained modules are put aside."""
-    adapter = intact_adapter(model)
-    if adapter.disabled:
-        raise ValueError("the adapter is disabled here: leave the disabled(model) block first")
-    return adapter
-
-
-def owner_of(model: nn.Module) -> nn.Module:
-    """The module that was given to `patch_model`: `model` itself or a part of a wrapper."""
-    return _owner(model)
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers of a patched model, as `layers_of` gives them.
-
-    Raises:
-        TypeError, ValueError: `model` is no module, or not patched; what `layers_of` raises.
-    """
-    owner = _owner(model)
-    return layers_of(owner, getattr(owner, ATTRIBUTE), lambda m: getattr(m, "_hal", None))
-
-
-def layers_of(
-    model: nn.Module, adapter: HyperAdapter, slot_of: Callable[[nn.Module], LayerSlot | None]
-) -> dict[str, Any]:
-    """The layers of an adapter, in its order, by the names that they had when it was made.
-
-    A layer is recognised by the module itself, and may lie in a wrapper (torch.compile's, an
-    activation checkpoint's) that was put around a part of the model since.
-
-    Args:
-        slot_of: a module's place in an adapter of this kind, if any.
-
-    Raises:
-        ValueError: the model has other layers since, or the same ones in other places.
-    """
-    specs = adapter.layout.layers
-    found: dict[int, nn.Module] = {}
-    added = []
-    for name, module in model.named_modules():
-        slot = slot_of(module)
-        if slot is not None and slot.adapter is adapter and slot.index not in found:
-            found[slot.index] = module
-        elif slot is not None:
-            added.append(name)  # a copy of a layer, perhaps with a copy of the adapter
-    layers = {spec.name: found[i] for i, spec in enumerate(specs) if i in found}
-    expect_in_place(model, layers, [s.name for s in specs if s.name not in layers], added)
-    return layers
-
-
-def expect_in_place(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    missing: Sequence[str] = (),
-    added: Sequence[str] = (),
-) -> None:
-    """Raise ValueError unless each layer is in `model`, and no other module but a wrapper around it
-    has its name.
-
-    Args:
-        missing, added: names of further layers to complain about.
-    """
-    modules = dict(model.named_modules())
-    names = {id(module): name for name, module in modules.items()}
-    gone = [*missing, *(name for name, layer in layers.items() if id(layer) not in names)]
-    faults = [f"missing {gone}"] if gone else []
-    faults += [f"added {[*added]}"] if added else []
-    for name, layer in layers.items():
-        here = names.get(id(layer), name)
-        wrapped = here.startswith(f"{name}.")
-        if modules.get(name, layer) is not layer and not wrapped and here != name:
-            faults.append(f"{name!r} is {here!r} now")
-    if faults:
-        raise ValueError(
-            f"the model's layers are no longer those that were adapted: {'; '.join(faults)}. Put "
-            "them back where they were, or change a model before it gets an adapter"
-        )
-
-
-def _owner(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected torch.nn.Module")
-    owners = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module._modules.get(ATTRIBUTE), HyperAdapter)
-    }
-    if len(owners) > 1:
-        raise ValueError(
-            f"model holds several patched models, {sorted(owners)}: pass one of them at a time"
-        )
-    if owners:
-        return next(iter(owners.values()))
-    if any("_hal_merged" in module.__dict__ for module in model.modules()):
-        raise ValueError("model is merged: call hal_kernels.unmerge(model) first")
-    raise ValueError("model is not patched: call hal_kernels.patch_model(model) first")
 
 
 def _device(layers: dict[str, nn.Module]) -> torch.device:
@@ -345,6 +213,10 @@ class _Hook:
 
 
 class _Opening(_Hook):
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        watch(self.adapter)  # a copy of a model is trained like the original
+
     def __call__(self, model: nn.Module, args: Any) -> None:
         adapter = self.adapter
         if not torch.compiler.is_compiling() and not adapter.disabled:
@@ -411,15 +283,3 @@ def _with_loss(output: Any, make_term: Callable[[], torch.Tensor | None]) -> Any
 def _rebuilt(output: Any, items: list[Any]) -> Any:
     """A list, tuple or named tuple of the same type with other items."""
     return output._make(items) if hasattr(output, "_make") else type(output)(items)
-
-
-def saved_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of each module trained in full beside the adapter."""
-    owner = _owner(model)
-    for name in find_adapter(model).saved_modules:
-        try:
-            yield name, owner.get_submodule(name)
-        except AttributeError:
-            raise ValueError(
-                f"model lacks {name!r} now, which is trained in full with its adapter"
-            ) from None

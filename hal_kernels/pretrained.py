@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import save_adapter
-from .merging import disabled
-from .patching import ATTRIBUTE
+from .patched import ATTRIBUTE, disabled
+from .saving import save_adapter
 
 TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 

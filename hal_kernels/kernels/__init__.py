@@ -2,6 +2,6 @@
 
 Nothing here is imported before an operator is first called with a CUDA tensor (`ops._library`), so
 that the package works without triton. In each file: the kernels, each with its formula; the launch
-functions, with the signatures of the operator's default implementation; and `cases`, what of it is
-compiled ahead of time to be checked.
+functions, with the signatures of the operator's default implementation, which the operator calls
+where the kernels do not apply (float64, high ranks).
 """

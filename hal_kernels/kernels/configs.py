@@ -2,8 +2,8 @@
 
 A tile is chosen by shape class (rank, width of the element type, alignment; for a GEMM also by what
 it would cost), never measured inside a training step. An unknown GPU takes `DEFAULT`, whose tiles
-fit the 64 KiB of shared memory that every supported GPU has. What ``python -m hal_kernels.tune``
-found on this very GPU goes before all that: see `tuned`.
+fit the 64 KiB of shared memory that every supported GPU has. ``python -m tools.tune`` looks for
+better tiles on the GPU it runs on and prints them as they are written here.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ import functools
 from collections.abc import Iterator, Mapping
 
 import torch
+
+from .launch import padded
 
 HIGHEST_RANK = 128
 
@@ -48,7 +50,7 @@ class SVDTiles:
     expand: Tile  # h → y
     dy: Tile  # dy → u, dQ
     x: Tile  # x → dP, dΛ, dx
-    fused: tuple[Tile, ...]  # x → y, h; one is chosen by `traffic.fused_tile`
+    fused: tuple[Tile, ...]  # x → y, h; one is chosen by `fused_tile`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,6 @@ class Architecture:
 
     name: str
     multiprocessors: int
-    shared_memory: int  # bytes a program may take
     bandwidth: float  # of memory, bytes per µs
     cache_bandwidth: float  # of the level-2 cache, bytes per µs
     matrix_rate: float  # flop per µs, 16-bit inputs
@@ -225,15 +226,13 @@ ODD = {
     ),
 }  # fmt: skip
 
-DEFAULT = Architecture("default", 80, 65536, 0.8e6, 2.5e6, 120e6, _SMALL)
-SM_80 = Architecture("sm_80", 108, 166912, 1.7e6, 4e6, 260e6, _AMPERE)
-SM_89 = Architecture("sm_89", 128, 101376, 0.85e6, 4e6, 160e6, _SMALL)
-SM_90 = Architecture("sm_90", 132, 232448, 4.3e6, 7e6, 790e6, _HOPPER)
-SM_100 = Architecture(
-    "sm_100", 148, 232448, 6.5e6, 10e6, 1600e6, _HOPPER, hypernet=_HYPERNET_SM_100
-)
+DEFAULT = Architecture("default", 80, 0.8e6, 2.5e6, 120e6, _SMALL)
+SM_80 = Architecture("sm_80", 108, 1.7e6, 4e6, 260e6, _AMPERE)
+SM_89 = Architecture("sm_89", 128, 0.85e6, 4e6, 160e6, _SMALL)
+SM_90 = Architecture("sm_90", 132, 4.3e6, 7e6, 790e6, _HOPPER)
+SM_100 = Architecture("sm_100", 148, 6.5e6, 10e6, 1600e6, _HOPPER, hypernet=_HYPERNET_SM_100)
 GFX942 = Architecture(
-    "gfx942", 304, 65536, 4.0e6, 8e6, 600e6, _SMALL, hypernet=_HYPERNET_AMD, slots=_SLOTS_AMD
+    "gfx942", 304, 4.0e6, 8e6, 600e6, _SMALL, hypernet=_HYPERNET_AMD, slots=_SLOTS_AMD
 )
 
 ARCHITECTURES = {a.name: a for a in (DEFAULT, SM_80, SM_89, SM_90, SM_100, GFX942)}
@@ -241,13 +240,7 @@ ARCHITECTURES = {a.name: a for a in (DEFAULT, SM_80, SM_89, SM_90, SM_100, GFX94
 
 @functools.cache
 def _of_gpu(index: int) -> Architecture:
-    from .tuned import apply_tuned
-
-    return apply_tuned(shipped(index), torch.cuda.get_device_name(index))
-
-
-def shipped(index: int) -> Architecture:
-    """The architecture that this package has for a GPU: by its name, or `DEFAULT`."""
+    """The architecture of a GPU: by its name, or `DEFAULT`."""
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
     else:
@@ -275,3 +268,59 @@ def using(gpu: Architecture) -> Iterator[None]:
         yield
     finally:
         _in_use = before
+
+
+def fused_us(
+    gpu: Architecture, tile: Tile, T: int, d_in: int, d_out: int, r: int, width: int = 2
+) -> float:
+    """Estimated time of one GEMM that computes y and h, in tiles of `tile`.
+
+    The longest of: the flops of whole tiles, each with xP of its own, on the multiprocessors that
+    have a tile; the tiles' operands from the cache; the bytes from memory, which half of the
+    multiprocessors saturate. A Triton GEMM takes `gpu.gemm_slowdown` times that. `width` is the
+    bytes of an element of x, y and W; P, Λ, Q and h are float32.
+    """
+    columns, rate = tile.columns * 2 // width, gpu.matrix_rate * (1.0 if width == 2 else 0.125)
+    tiles = -(-T // tile.rows) * -(-d_out // columns)
+    busy = min(1.0, tiles / gpu.multiprocessors)
+    flops = tiles * 2 * tile.rows * d_in * (columns + padded(r))
+    operands = tiles * (tile.rows + columns) * d_in * width
+    moved = (T * d_in + d_in * d_out + T * d_out) * width + (T + d_in + d_out + 1) * r * 4
+    return gpu.gemm_slowdown * max(
+        flops / (rate * busy),
+        operands / (gpu.cache_bandwidth * busy),
+        moved / (gpu.bandwidth * min(1.0, 2 * busy)),
+    )
+
+
+def apart_us(gpu: Architecture, T: int, d_in: int, d_out: int, r: int, width: int = 2) -> float:
+    """Least time of the same in three launches: the vendor's GEMM, h = xP, and y += s·(h ⊙ Λ)Q."""
+    rate = gpu.matrix_rate * (1.0 if width == 2 else 0.125)
+    moved = (T * d_in + d_in * d_out + T * d_out) * width
+    base = max(moved / gpu.bandwidth, 2 * T * d_in * d_out / rate)
+    moved = T * (d_in + d_out) * width + (2 * T + d_in + d_out + 1) * r * 4
+    adapter = max(moved / gpu.bandwidth, 2 * T * (d_in + d_out) * r / rate)
+    return base + adapter + 2 * gpu.launch_us
+
+
+@functools.lru_cache(maxsize=4096)
+def fused_tile(
+    gpu: Architecture,
+    tiles: tuple[Tile, ...],
+    T: int,
+    d_in: int,
+    d_out: int,
+    r: int,
+    width: int = 2,
+    always: bool = False,
+) -> Tile | None:
+    """The one of `tiles` with which a fused launch costs the least; None where it does not pay.
+
+    The fused kernel serves small T, where launches count, and narrow outputs, where few tiles
+    multiply x with P again: without launches and slowdown that is d_out < columns · width ·
+    matrix_rate / (2 · bandwidth · R), about 1500 for 128 columns and r = 16 on an H200.
+    """
+    times = [fused_us(gpu, tile, T, d_in, d_out, r, width) for tile in tiles]
+    best = min(times)
+    pays = always or best < apart_us(gpu, T, d_in, d_out, r, width)
+    return tiles[times.index(best)] if pays else None

@@ -8,14 +8,10 @@ of BigCrush) serves eight neighbouring columns. What is kept is scaled by 2¹⁶
 exact inverse of its probability. No tile size enters: all kernels see one mask.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
-from .cases import Case, make_case
-from .configs import ARCHITECTURES
 from .launch import on_device_of
 
 LEVELS = 1 << 16
@@ -67,11 +63,3 @@ def fill_keep_(keep: torch.Tensor, first: int, dropout: float, seed: torch.Tenso
                 keep, seed, n, d, first, *thresholds(dropout, seed), **TILE, num_warps=4
             )
     return keep
-
-
-def cases() -> Iterator[Case]:
-    """What is compiled ahead of time."""
-    for name in ARCHITECTURES:
-        pointers = {"keep": torch.float32, "p_seed": torch.int64}
-        options = {"num_warps": 4, "num_stages": 1}
-        yield make_case(keep_kernel, name, pointers, ("scale",), ("*",), TILE, options)

@@ -2,16 +2,11 @@
 """The scores of all directions in one launch: a program a direction, which finds its own rows."""
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..ops.importance_scores import _default
-from .cases import POINTERS, Case
-from .configs import ARCHITECTURES
 from .launch import DTYPES, on_device_of
 
 COLUMNS = 1024  # of a row at a time
@@ -52,6 +47,11 @@ def importance_scores_kernel(
     tl.store(scores + i, score.to(scores.dtype.element_ty))
 
 
+def supported(importance: list[torch.Tensor], uncertainty: list[torch.Tensor]) -> bool:
+    """Whether all averages are contiguous, as the adapter's are, in one of the kernels' dtypes."""
+    return all(t.dtype in DTYPES and t.is_contiguous() for t in (*importance, *uncertainty))
+
+
 def importance_scores(
     importance: list[torch.Tensor],
     uncertainty: list[torch.Tensor],
@@ -61,12 +61,9 @@ def importance_scores(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """`hal::importance_scores`. One launch."""
-    state = [*importance, *uncertainty]
-    suits = all(t.dtype in DTYPES and t.is_contiguous() for t in state)
     scores = torch.empty_like(importance[count_p])
-    # The averages are buffers of the adapter's own, contiguous; float64 is for checks.
-    if not suits or not scores.numel():
-        return _default(importance, uncertainty, positions_p, positions_q, count_p, mask)
+    if not scores.numel():
+        return scores
     sides = importance[:count_p], importance[count_p + 1 :]
     p, q = ([0, *itertools.accumulate(t.shape[0] for t in side)][:-1] for side in sides)
     shapes = [(1, 1) if t.dim() == 1 else t.shape for t in importance]
@@ -78,18 +75,3 @@ def importance_scores(
             P=count_p, M=len(importance), BN=COLUMNS, num_warps=4,
         )  # fmt: skip
     return scores
-
-
-def cases() -> Iterator[Case]:
-    """Averages over five tensors."""
-    n = 5
-    for architecture, dtype in itertools.product(ARCHITECTURES, (torch.float32, torch.bfloat16)):
-        pointer = POINTERS[dtype]
-        types: dict[str, Any] = dict.fromkeys(("importance", "uncertainty"), (pointer,) * n)
-        types |= dict.fromkeys(("starts", "sizes", "widths"), ("i32",) * n)
-        types |= dict.fromkeys(("positions_p", "positions_q"), "*i64")
-        types |= dict.fromkeys(("mask", "scores"), pointer)
-        constants = {"P": 2, "M": n, "BN": COLUMNS}
-        options = {"num_warps": 4, "num_stages": 3}
-        aligned = ("importance", "uncertainty", "widths")
-        yield Case(importance_scores_kernel, types, constants, options, aligned, architecture)

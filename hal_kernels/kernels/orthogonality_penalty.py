@@ -7,15 +7,12 @@ nothing is copied to the device, and a captured CUDA graph holds no table that c
 """
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .cases import Case
-from .configs import ARCHITECTURES, HIGHEST_RANK, architecture_of
+from .configs import HIGHEST_RANK, architecture_of
 from .launch import DTYPES, dot_precision, on_device_of
 
 
@@ -127,6 +124,12 @@ def _gradient_kernel(
     tl.store(p_out, b_gradient, mask=m_r[:, None] & m_k)
 
 
+def supported(factors: list[torch.Tensor], max_ranks: list[int]) -> bool:
+    """Whether factors have one of the kernels' dtypes, and ranks up to 128."""
+    dtypes = {f.dtype for f in factors}
+    return len(dtypes) == 1 and dtypes <= set(DTYPES) and max(max_ranks) <= HIGHEST_RANK
+
+
 def forward(
     factors: list[torch.Tensor],
     offsets: list[torch.Tensor],
@@ -134,11 +137,7 @@ def forward(
     squared: bool,
     weight: float,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Two launches: residuals and norms of all matrices, and the norms' sum."""
-    if not _suits(factors, max_ranks):
-        from ..ops.orthogonality_penalty import _forward
-
-        return _forward(factors, offsets, max_ranks, squared, weight)
+    """Residuals and norms of all matrices, and the norms' sum: two launches."""
     factors = [f.contiguous() for f in factors]
     counts = [o.shape[0] - 1 for o in offsets]
     residuals = [
@@ -171,10 +170,6 @@ def backward(
     weight: float,
 ) -> list[torch.Tensor]:
     """One launch."""
-    if not _suits(factors, max_ranks):
-        from ..ops.orthogonality_penalty import _backward_default
-
-        return _backward_default(dvalue, factors, residuals, offsets, max_ranks, squared, weight)
     factors = [f.contiguous() for f in factors]
     gradients = [torch.empty_like(f) for f in factors]
     rank, tiles = architecture_of(dvalue.device).penalty_tiles(max(max_ranks))
@@ -195,42 +190,6 @@ def backward(
     return gradients
 
 
-def _suits(factors: list[torch.Tensor], max_ranks: list[int]) -> bool:
-    """The kernels take float32, bfloat16 or float16 (one of them) and ranks up to 128.
-
-    float64 and larger ranks are left to the default implementation.
-    """
-    dtypes = {f.dtype for f in factors}
-    return len(dtypes) == 1 and dtypes <= set(DTYPES) and max(max_ranks) <= HIGHEST_RANK
-
-
 def _starts(counts: list[int]) -> tuple[int, ...]:
     """Each entry's first program."""
     return tuple(itertools.accumulate(counts[:-1], initial=0))
-
-
-def cases() -> Iterator[Case]:
-    """Launches over four widths."""
-    n = 4
-    signature: dict[str, Any] = {"offsets": ("*i64",) * n, "residuals": ("*fp32",) * n}
-    signature |= dict.fromkeys(("starts", "widths", "ranks"), ("i32",) * n)
-    signature |= dict.fromkeys(("norms", "value", "dvalue"), "*fp32")
-    signature |= {"weight": "fp32", "count": "i32"}
-    aligned = ("factors", "offsets", "residuals", "widths")
-    for arch, gpu in ARCHITECTURES.items():
-        precision = "ieee" if arch.startswith("gfx") else "tf32x3"
-        for (rank, tiles), pointer in itertools.product(gpu.penalty.items(), ("*fp32", "*bf16")):
-            types = signature | dict.fromkeys(("factors", "gradients"), (pointer,) * n)
-            constants = {"N": n, "BR": rank, "SQUARED": False, "PRECISION": precision}
-            tile = tiles.residual
-            yield Case(
-                _residual_kernel, types, constants | {"BK": tile.columns}, tile.options,
-                (*aligned, "norms"), arch,
-            )  # fmt: skip
-            tile = tiles.gradient
-            yield Case(
-                _gradient_kernel, types, constants | {"BJ": tile.depth, "BK": tile.columns},
-                tile.options, (*aligned, "gradients", "dvalue"), arch,
-            )  # fmt: skip
-        options = {"num_warps": 4, "num_stages": 3}
-        yield Case(_sum_kernel, signature, {"BLOCK": 1024}, options, ("norms", "value"), arch)

@@ -10,15 +10,11 @@ and exact about ties, signed zeros and the sign of a NaN, which a radix sort ord
 """
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .cases import Case
-from .configs import ARCHITECTURES
 from .launch import DTYPES, on_device_of
 
 BLOCK = 1024  # elements of one program of the averages
@@ -85,6 +81,12 @@ def _prune_kernel(scores, mask, size, count, BT: tl.constexpr, BN: tl.constexpr)
     tl.store(mask + o_t, b_mask, mask=o_t < size)
 
 
+def supported(tensors: list[torch.Tensor]) -> bool:
+    """Whether a whole list has one of the kernels' dtypes."""
+    dtypes = {t.dtype for t in tensors}
+    return len(dtypes) == 1 and dtypes <= set(DTYPES)
+
+
 def update_importance(
     importance: list[torch.Tensor],
     uncertainty: list[torch.Tensor],
@@ -95,10 +97,6 @@ def update_importance(
 ) -> None:
     """One launch, in place."""
     lists = (importance, uncertainty, values, gradients)
-    if not all(_suits(tensors) for tensors in lists):
-        from ..ops.rank_allocation import _update_importance
-
-        return _update_importance(importance, uncertainty, values, gradients, beta1, beta2)
     packed = [tuple(t.contiguous() for t in tensors) for tensors in lists]
     sizes = tuple(t.numel() for t in importance)
     blocks = [triton.cdiv(n, BLOCK) for n in sizes]
@@ -115,11 +113,7 @@ def update_importance(
 
 
 def prune_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """One launch."""
-    if scores.dtype not in DTYPES:  # float64's order does not fit 32 bits
-        from ..ops.rank_allocation import _prune_smallest
-
-        return _prune_smallest(scores, count)
+    """One launch. float64 is not `supported`: its order does not fit 32 bits."""
     scores = scores.contiguous()
     mask, size = torch.empty_like(scores), scores.shape[0]
     if size:
@@ -128,26 +122,3 @@ def prune_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
                 scores, mask, size, count, BT=ROWS, BN=COLUMNS, num_warps=4
             )
     return mask
-
-
-def _suits(tensors: list[torch.Tensor]) -> bool:
-    """One of the kernels' dtypes for a whole list; the default implementation takes float64."""
-    dtypes = {t.dtype for t in tensors}
-    return len(dtypes) == 1 and dtypes <= set(DTYPES)
-
-
-def cases() -> Iterator[Case]:
-    """Averages in float32 over five tensors, and masks."""
-    n = 5
-    lists = ("importance", "uncertainty", "values", "gradients")
-    for arch, pointer in itertools.product(ARCHITECTURES, ("*fp32", "*bf16")):
-        types: dict[str, Any] = dict.fromkeys(("starts", "sizes"), ("i32",) * n)
-        types |= dict.fromkeys(("beta1", "beta2"), "fp32")
-        types |= dict.fromkeys(lists[:2], ("*fp32",) * n)
-        types |= dict.fromkeys(lists[2:], (pointer,) * n)
-        options = {"num_warps": 4, "num_stages": 3}
-        constants = {"N": n, "BLOCK": BLOCK}
-        yield Case(_importance_kernel, types, constants, options, (*lists, "sizes"), arch)
-        types = {"scores": pointer, "mask": pointer, "size": "i32", "count": "i32"}
-        constants = {"BT": ROWS, "BN": COLUMNS}
-        yield Case(_prune_kernel, types, constants, options, ("scores", "mask"), arch)

@@ -10,16 +10,12 @@ tuples of arguments, and nothing waits for the device. Sums are kept in float64 
 `ops.spectral_step.batched`): a few million products, which no GPU is short of.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from .cases import Case
-from .configs import ARCHITECTURES
 from .launch import DTYPES, on_device_of
 from .slots import chosen, starts_of
 from .spectral_solve import solve_kernel
@@ -207,31 +203,3 @@ def step_(
 def columns_of(rank: int) -> int:
     """Columns that `gram_kernel` takes at a time."""
     return min(64, 8192 // rank**2)
-
-
-_DOUBLE = ("grams", "totals", "cosines", "next_gain", "transforms", "eta", "scaling", "decay")
-
-
-def cases() -> Iterator[Case]:
-    """Two widths a side; both ranks that are compiled; factors in float32 and in 16 bits."""
-    n, lists = 4, ("factors", "momenta", "gradients")
-    ints = ("starts", "firsts", "skips", "widths", "matrices")
-    types: dict[str, Any] = dict.fromkeys(ints, ("i32",) * n)
-    types |= {"n": "i32", "max_rank": "i32", "beta": "fp32", "moves": "*i32"}
-    types |= {"gain_rate": "fp32"}
-    types |= dict.fromkeys(_DOUBLE, "*fp64")
-    types |= {"offsets": ("*i64",) * 3, "rows_p": "*i64", "rows_q": "*i64"}
-    types |= dict.fromkeys(("lam", "mask", "candidates", "log_gain"), "*fp32")
-    aligned = (*lists, "widths", "offsets", "grams", "transforms")
-    for arch, rank in itertools.product(ARCHITECTURES, (LOWEST_RANK, HIGHEST_RANK)):
-        entries = {"N": n, "NP": 2, "R": rank}
-        found = [(solve_kernel, {"R": rank, "BM": 64}, "*fp32")]
-        for pointer in ("*fp32", "*bf16"):
-            found.append((gram_kernel, entries | {"BK": columns_of(rank)}, pointer))
-            found.append((write_kernel, entries | {"BK": BK}, pointer))
-        for kernel, constants, pointer in found:
-            own = types | dict.fromkeys(lists, (pointer,) * n)
-            signature = {name: own[name] for name in kernel.arg_names if name not in constants}
-            known = tuple(name for name in aligned if name in signature)
-            options = {"num_warps": WARPS, "num_stages": 3}
-            yield Case(kernel, signature, constants, options, known, arch)

@@ -10,7 +10,7 @@ Three paths forward, of equal result up to rounding:
              what was prepared is rounded to y's dtype once.
     add      the vendor's GEMM; shrink; expand reads y, adds b and the adapter, and writes y.
     fused    one Triton GEMM with h as a second accumulator: x is read once, but multiplied with P
-             in every column tile. For small T and narrow d_out: the rule is `traffic.fused_tile`.
+             in every column tile. For small T and narrow d_out: the rule is `configs.fused_tile`.
 
 Without a `path` argument: fused where it pays, else what the architecture's config says. Backward
 has the first two: prepare writes the adapter's part of dx, and dy·W is added to it.
@@ -29,7 +29,7 @@ import triton.language as tl
 from ..ops.svd_adapter_add import flat
 from ..ops.svd_linear import _backward_default, _forward
 from .cases import Case
-from .configs import Tile, architecture_of
+from .configs import Tile, architecture_of, fused_tile
 from .dropout import keep_block, thresholds
 from .launch import aligned, dot_precision, on_device_of, padded
 from .svd_adapter import (
@@ -43,7 +43,6 @@ from .svd_adapter import (
 )
 from .svd_blocks import FREE, scaled_lam
 from .svd_variants import adapter_case, variants
-from .traffic import fused_tile
 
 PATHS = ("prepare", "add", "fused")
 
@@ -161,7 +160,7 @@ def tile_of_fused(
 ) -> Tile | None:
     """The tile to compute y and h with in one launch; None where two kernels and a GEMM cost less.
 
-    The rule is `traffic.fused_tile`. A weight must have adjacent rows or adjacent columns.
+    The rule is `configs.fused_tile`. A weight must have adjacent rows or adjacent columns.
     """
     if 1 not in weight.stride() and not always:
         return None

@@ -440,11 +440,8 @@ class HyperAdapter(State):
         return self.__dict__ | _TRANSIENT | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from ..stepping import watch  # a copy of a model is trained like the original
-
         super().__setstate__(state)
         self._make_probes()
-        watch(self)
 
     def extra_repr(self) -> str:
         config = self.config

@@ -147,10 +147,13 @@ def _fake(
     return importance[count_p].new_empty(importance[count_p].shape)
 
 
-def _cuda(*args: Any) -> torch.Tensor:
-    from ..kernels.importance_scores import importance_scores
+def _cuda(
+    importance: list[torch.Tensor], uncertainty: list[torch.Tensor], *rest: Any
+) -> torch.Tensor:
+    from ..kernels import importance_scores as kernels
 
-    return importance_scores(*args)
+    forward = kernels.importance_scores if kernels.supported(importance, uncertainty) else _default
+    return forward(importance, uncertainty, *rest)
 
 
 _importance_scores = define(

@@ -194,16 +194,27 @@ def _autograd_backward(ctx: Any, dvalue: torch.Tensor, _dresiduals: Any) -> tupl
     return list(gradients), [None] * n, None, None, None
 
 
-def _forward_cuda(*args: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    from ..kernels.orthogonality_penalty import forward
+def _forward_cuda(
+    factors: list[torch.Tensor], offsets: list[torch.Tensor], max_ranks: list[int], *rest: Any
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    from ..kernels import orthogonality_penalty as kernels
 
-    return forward(*args)
+    forward = kernels.forward if kernels.supported(factors, max_ranks) else _forward
+    return forward(factors, offsets, max_ranks, *rest)
 
 
-def _backward_cuda(*args: Any) -> list[torch.Tensor]:
-    from ..kernels.orthogonality_penalty import backward
+def _backward_cuda(
+    dvalue: torch.Tensor,
+    factors: list[torch.Tensor],
+    residuals: list[torch.Tensor],
+    offsets: list[torch.Tensor],
+    max_ranks: list[int],
+    *rest: Any,
+) -> list[torch.Tensor]:
+    from ..kernels import orthogonality_penalty as kernels
 
-    return backward(*args)
+    backward = kernels.backward if kernels.supported(factors, max_ranks) else _backward_default
+    return backward(dvalue, factors, residuals, offsets, max_ranks, *rest)
 
 
 _orthogonality_penalty = define(

@@ -143,21 +143,23 @@ def _update_importance(
     torch._foreach_add_(uncertainty, sensitivity, alpha=1 - beta2)
 
 
-def _prune_smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
+def _prune_smallest_default(scores: torch.Tensor, count: int) -> torch.Tensor:
     order = torch.sort(scores, stable=True).indices
     return torch.ones_like(scores).index_fill_(0, order[:count], 0.0)
 
 
 def _update_importance_cuda(*args: Any) -> None:
-    from ..kernels.rank_allocation import update_importance
+    from ..kernels import rank_allocation as kernels
 
-    update_importance(*args)
+    supported = all(kernels.supported(tensors) for tensors in args[:4])
+    (kernels.update_importance if supported else _update_importance)(*args)
 
 
 def _prune_smallest_cuda(scores: torch.Tensor, count: int) -> torch.Tensor:
-    from ..kernels.rank_allocation import prune_smallest
+    from ..kernels import rank_allocation as kernels
 
-    return prune_smallest(scores, count)
+    forward = kernels.prune_smallest if kernels.supported([scores]) else _prune_smallest_default
+    return forward(scores, count)
 
 
 define(
@@ -169,7 +171,7 @@ define(
 )
 _prune_smallest = define(
     "prune_smallest(Tensor scores, int count) -> Tensor",
-    default=_prune_smallest,
+    default=_prune_smallest_default,
     cuda=_prune_smallest_cuda,
     fake=lambda scores, count: scores.new_empty(scores.shape),
 )

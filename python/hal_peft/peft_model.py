@@ -24,7 +24,8 @@ from hal_kernels.introspection import Factors, adapter_factors, adapter_rank_pat
 from hal_kernels.nn.adapter import HyperAdapter
 from hal_kernels.nn.linear import HALLinear, adapted_class, linear_widths
 from hal_kernels.nn.shared_input import SharedInput, find_groups
-from hal_kernels.patching import hook_forward, layers_of, new_adapter
+from hal_kernels.patched import layers_of
+from hal_kernels.patching import hook_forward, new_adapter
 from hal_kernels.targets import matches
 
 from .peft_config import HyperAdaLoraConfig, in_peft_names

@@ -18,7 +18,7 @@ from transformers import Trainer
 
 import hal_kernels
 from hal_kernels.nn import HyperAdapter
-from hal_kernels.patching import ATTRIBUTE, saved_modules
+from hal_kernels.patched import ATTRIBUTE, saved_modules
 from hal_kernels.targets import saved_module_names
 
 

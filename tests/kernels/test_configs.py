@@ -57,8 +57,6 @@ def test_bytes_of_a_tile_do_not_depend_on_the_dtype():
 def test_devices(monkeypatch):
     """No GPU: the default. A GPU: by capability, the default if that is unknown; asked for once."""
     assert architecture_of(torch.device("cpu")) is DEFAULT
-    monkeypatch.setenv("HAL_KERNELS_TUNED", "")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     asked = []
 
     def capability(index):

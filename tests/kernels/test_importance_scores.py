@@ -10,6 +10,7 @@ from ops.util import laid_out, relative_error
 from .harness import DEVICE, Guarded, launches
 
 kernels = importlib.import_module("hal_kernels.kernels.importance_scores")
+operator = importlib.import_module("hal_kernels.ops.importance_scores")
 
 
 def run(inputs, mask=None):
@@ -50,5 +51,6 @@ def test_what_the_default_implementation_takes():
     for name in ("importance", "uncertainty"):
         inputs[name] = [laid_out(t, "sliced") for t in inputs[name]]
     for case in (inputs, make(dtype=torch.float64), make(((0, 3),), ((0, 4),))):
-        out, log = run(case)
+        with launches(kernels) as log:
+            out = operator._cuda(*case.values(), None)
         assert log == [] and (not out.numel() or relative_error(out, exact(case)) <= 1e-6)

@@ -134,12 +134,13 @@ def test_no_matrices():
 
 @pytest.mark.parametrize("groups, dtype", [([([2, 3], 6)], torch.float64), ([([129], 7)], None)])
 def test_what_the_default_implementation_keeps(groups, dtype):
-    factors = packed(groups, dtype or torch.float32)
-    value, residuals, gradients, log, _ = run(factors, groups, True)
-    assert log == []
+    factors, dvalue = packed(groups, dtype or torch.float32), torch.tensor(1.7, device=DEVICE)
     arguments = offsets_of(groups), [max(r) for r, _ in groups], True, 0.3
+    with launches(kernels) as log:
+        value, residuals = default._forward_cuda(factors, *arguments)
+        gradients = default._backward_cuda(dvalue, factors, residuals, *arguments)
+    assert log == []
     assert torch.equal(value, default._forward(factors, *arguments)[0])
-    dvalue = torch.tensor(1.7, device=DEVICE)
     expected = default._backward_default(dvalue, factors, residuals, *arguments)
     assert torch.equal(gradients[0], expected[0])
 

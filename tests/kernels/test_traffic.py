@@ -4,9 +4,17 @@ import dataclasses
 
 import pytest
 
-from hal_kernels.kernels import traffic
-from hal_kernels.kernels.configs import ARCHITECTURES, DEFAULT, SM_90, Tile
-from hal_kernels.kernels.traffic import Traffic, fused_tile
+from hal_kernels.kernels.configs import (
+    ARCHITECTURES,
+    DEFAULT,
+    SM_90,
+    Tile,
+    apart_us,
+    fused_tile,
+    fused_us,
+)
+from tools import traffic
+from tools.traffic import Traffic
 
 H200 = (4.3e6, 790e6)  # measured: bytes and flops per µs
 LARGE = (8192, 4096, 4096)
@@ -68,6 +76,24 @@ def test_fused_recomputes_the_rank_product():
     narrow, wide = (traffic.fused(64, 512, d, 16, columns=128) for d in (128, 512))
     assert narrow.flops == 2 * 64 * 512 * 128 + 2 * 64 * 16 * (512 + 128)
     assert wide.flops == 2 * 64 * 512 * 512 + 2 * 64 * 16 * (4 * 512 + 512)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_the_choice_of_a_launch_counts_the_same(width):
+    """Without other limits, kernels/configs.py expects of fused and apart what moves here."""
+    T, d_in, d_out, r = 4096, 768, 1024, 16
+    gpu = dataclasses.replace(SM_90, launch_us=0.0, gemm_slowdown=1.0)
+    rate = gpu.matrix_rate * (1.0 if width == 2 else 0.125)
+    adapter = traffic.shrink(T, d_in, r, width=width) + traffic.expand(T, d_out, r, width=width)
+    floors = [
+        part.floor_us(gpu.bandwidth, rate)
+        for part in (traffic.gemm(T, d_in, d_out, width=width), adapter)
+    ]
+    assert apart_us(gpu, T, d_in, d_out, r, width) == pytest.approx(sum(floors))
+    gpu = dataclasses.replace(gpu, matrix_rate=1e30, cache_bandwidth=1e30)
+    fused = traffic.fused(T, d_in, d_out, r, width=width)
+    found = fused_us(gpu, Tile(16, 16, 4, 2, 64), T, d_in, d_out, r, width)
+    assert found == pytest.approx(fused.moved / gpu.bandwidth)
 
 
 def choose(gpu, T, d_in, d_out, r=16, width=2):

@@ -20,9 +20,9 @@ from hal_kernels.kernels import (
     svd_adapter,
     svd_linear,
     svd_linear_penalty,
-    traffic,
 )
-from hal_kernels.kernels.traffic import Traffic
+from tools import traffic
+from tools.traffic import Traffic
 
 from . import test_hypernet_factors, test_hypernet_tokens
 from .harness import DEVICE

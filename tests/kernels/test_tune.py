@@ -1,33 +1,25 @@
-"""What can be tested of tuning without a GPU: the search, what it measures on, and its file."""
+"""What can be tested of tuning without a GPU: the search, and what it measures on."""
 
 import dataclasses
-import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from hal_kernels import __version__, tune
-from hal_kernels.kernels import configs, problems, tuned
+from hal_kernels.kernels import configs
 from hal_kernels.kernels.configs import ARCHITECTURES, DEFAULT, SM_90, Tile
-from hal_kernels.kernels.problems import Sizes
-from hal_kernels.kernels.tuned import LIMITS, apply_tuned, load, path_of, save, tiles_of, with_tiles
+from tools import problems, tune
+from tools.problems import Sizes
+from tools.tiles import tiles_of, with_tiles
 
 from .harness import DEVICE
 
-NAME = "NVIDIA H100 80GB HBM3"
+ROOT = Path(__file__).parents[2]
 SMALL = Sizes((24, 64), (20, 64), (2, 3), (2, 2), 2, (16, 20, 1))
-RATES = {"multiprocessors": 100, "bandwidth": 2.5e6, "gemm_slowdown": 1.1, "prepare": False}
-
-
-@pytest.fixture
-def file(tmp_path, monkeypatch):
-    """The file that $HAL_KERNELS_TUNED names."""
-    path = tmp_path / "tuned.json"
-    monkeypatch.setenv(tuned.VARIABLE, str(path))
-    return path
 
 
 def changed(gpu=SM_90):
@@ -48,13 +40,6 @@ def test_names_of_tiles(gpu):
     assert tiles_of(moved) == changed(gpu)
     assert all(tile != tiles[name] for name, tile in tiles_of(moved).items())
     assert {name.split(".")[0] for name in tiles} == {"svd", "penalty", "hypernet", "slots"}
-
-
-@pytest.mark.parametrize("gpu", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_shipped_tiles_may_be_stored(gpu, tmp_path):
-    path = tmp_path / "tuned.json"
-    save(path, gpu, NAME, tiles_of(gpu), {})
-    assert same(load(path, gpu, NAME), gpu)
 
 
 def test_neighbours():
@@ -178,7 +163,7 @@ def test_rates():
     assert rates["matrix_rate"] == pytest.approx(2 * 64**3 / 2)
     assert rates["prepare"] is True  # 3 µs against 4
     assert rates["launch_us"] > 0 and rates["gemm_slowdown"] > 0
-    assert rates.keys() < tuned.RATES.keys()
+    dataclasses.replace(DEFAULT, **rates)  # each is one of its fields
 
 
 def test_only():
@@ -191,136 +176,12 @@ def test_only():
         tune.selected(SM_90, ["svd.1"])
 
 
-def test_where_the_file_lies(monkeypatch, tmp_path):
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    name = f"tuned-NVIDIA-H100-80GB-HBM3-{__version__}.json"
-    assert path_of(NAME) == tmp_path / "hal_kernels" / name
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert path_of(NAME) == tmp_path / ".cache" / "hal_kernels" / name
-    monkeypatch.setenv(tuned.VARIABLE, "~/mine.json")
-    assert path_of(NAME) == tmp_path / "mine.json"
-    monkeypatch.setenv(tuned.VARIABLE, "")
-    assert path_of(NAME) is None
-
-
-def test_what_is_saved_is_loaded(file):
-    save(file, SM_90, NAME, changed(), RATES)
-    gpu = apply_tuned(SM_90, NAME)
-    assert same(gpu, dataclasses.replace(with_tiles(SM_90, changed()), **RATES))
-    assert os.listdir(file.parent) == [file.name]  # nothing half written is left
-
-
-def test_a_part_may_be_saved(file):
-    save(file, SM_90, NAME, {"svd.32.x": Tile(32, 64, 4, 2)}, {"bandwidth": 3e6})
-    gpu = apply_tuned(SM_90, NAME)
-    assert gpu.svd[32].x == Tile(32, 64, 4, 2) and gpu.bandwidth == 3e6
-    assert gpu.svd[32].dy == SM_90.svd[32].dy and gpu.matrix_rate == SM_90.matrix_rate
-
-
-def test_without_a_file(monkeypatch, tmp_path, recwarn):
-    """Nothing is said, unless the user named it."""
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert apply_tuned(SM_90, NAME) is SM_90
-    monkeypatch.setenv(tuned.VARIABLE, "")
-    assert apply_tuned(SM_90, NAME) is SM_90
-    assert not recwarn
-    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "none.json"))
-    with pytest.warns(UserWarning, match=r"none.json is not used: No such file or directory; the"):
-        assert apply_tuned(SM_90, NAME) is SM_90
-
-
-def put(*path):
-    """A change of the file's content: the last of `path` is set."""
-
-    def change(content):
-        *outer, key, value = path
-        for step in outer:
-            content = content[step]
-        content[key] = value
-
-    return change
-
-
-SHRINK = ("tiles", "svd.16.shrink")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (put("version", "0.0.1"), "version is '0.0.1', expected '"),
-        (put("device", "NVIDIA A100"), "device is 'NVIDIA A100', expected 'NVIDIA H100"),
-        (put("architecture", "sm_80"), "architecture is 'sm_80', expected 'sm_90'"),
-        (put("more", 1), r"the file has 'more', expected some of \['version'"),
-        (put("gpu", []), "gpu is a list, expected a table"),
-        (put("gpu", "speed", 1), "gpu has 'speed', expected some of"),
-        (put("gpu", "bandwidth", 0), "gpu.bandwidth is 0, expected a number above zero"),
-        (put("gpu", "bandwidth", float("inf")), "gpu.bandwidth is inf, expected a number"),
-        (put("gpu", "bandwidth", True), "gpu.bandwidth is True, expected a number"),
-        (put("gpu", "multiprocessors", 1.5), "gpu.multiprocessors is 1.5, expected a whole"),
-        (put("gpu", "prepare", 1), "gpu.prepare is 1, expected true or false"),
-        (put("tiles", "svd.48.shrink", {}), "tiles has 'svd.48.shrink', expected some of"),
-        (put(*SHRINK, 3), "tiles.svd.16.shrink is a int, expected a table"),
-        (put(*SHRINK, "height", 3), "tiles.svd.16.shrink has 'height', expected some of"),
-        (put(*SHRINK, "rows", 48), "shrink.rows is 48, expected a power of two"),
-        (put(*SHRINK, "rows", 8), "shrink.rows is 8, expected an integer from 16 to 256"),
-        (put(*SHRINK, "rows", 64.0), "shrink.rows is 64.0, expected an integer from"),
-        (put(*SHRINK, "rows", True), "shrink.rows is True, expected an integer from"),
-        (put(*SHRINK, "rows", None), "shrink.rows is None, expected an integer from"),
-        (put(*SHRINK, "columns", 16), "shrink.columns is 16, expected an integer from 32 to"),
-        (put(*SHRINK, "num_warps", 3), "shrink.num_warps is 3, expected a power of two"),
-        (put(*SHRINK, "num_stages", 9), "shrink.num_stages is 9, expected an integer from 1"),
-        (put(*SHRINK, "depth", 64), "shrink.depth is 64, expected 0"),
-        (
-            put("tiles", "penalty.16.residual", "rows", 32),
-            "penalty.16.residual.rows is 32, expected 16",
-        ),
-    ],
-)
-def test_a_bad_file_is_one_warning(file, change, message):
-    save(file, SM_90, NAME, tiles_of(SM_90), RATES)
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match=rf"hal_kernels: .*tuned.json is not used: .*{message}"):
-        assert apply_tuned(SM_90, NAME) is SM_90
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"tiles": {}}'])
-def test_a_file_of_something_else(file, content):
-    file.write_bytes(content)
-    with pytest.warns(UserWarning, match="is not used") as warned:
-        assert apply_tuned(SM_90, NAME) is SM_90
-    assert len(warned) == 1
-
-
-def test_it_is_read_once_and_before_the_first_launch(file, monkeypatch):
-    save(file, SM_90, NAME, changed(), RATES)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: NAME)
-    monkeypatch.setattr(torch.version, "hip", None)
-    configs._of_gpu.cache_clear()
-    try:
-        gpu = configs.architecture_of(torch.device("cuda", 0))
-        assert gpu.multiprocessors == 100 and tiles_of(gpu) == changed()
-        file.unlink()
-        assert configs.architecture_of(torch.device("cuda", 0)) is gpu
-    finally:
-        configs._of_gpu.cache_clear()
-
-
-def test_limits_leave_room_for_every_kernel():
-    assert all(least <= most for least, most in LIMITS.values())
-
-
 def command(*arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(
-        [sys.executable, "-m", "hal_kernels.tune", *arguments],
-        capture_output=True, text=True, env=environment, timeout=120,
+        [sys.executable, "-m", "tools.tune", *arguments],
+        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120,
     )  # fmt: skip
 
 
@@ -347,35 +208,40 @@ def test_interpreted_kernels_are_not_measured(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(configs, "shipped", lambda index: SM_90)
+    monkeypatch.setattr(tune, "architecture_of", lambda device: SM_90)
     with pytest.raises(SystemExit, match="2"):
         tune.main([])
     assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
 
 
-def test_a_run_writes_what_it_found(file, monkeypatch, capsys):
-    """All of `main`, on a GPU that is made up. A second run goes on from the first."""
+@pytest.mark.parametrize("options, wanted_steps", [([], math.inf), (["--quick"], 1)])
+def test_a_run_prints_what_differs(options, wanted_steps, monkeypatch, capsys):
+    """All of `main`, on a GPU that is made up."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: NAME)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     properties = dataclasses.make_dataclass("Properties", ["multi_processor_count"])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties(114))
-    monkeypatch.setattr(configs, "shipped", lambda index: SM_90)
-    monkeypatch.setattr(tune, "measured_rates", lambda *rest: {"bandwidth": 3e6})
-    found, wanted_steps = {"svd.16.x": Tile(32, 64, 4, 2)}, float("inf")
+    monkeypatch.setattr(tune, "architecture_of", lambda device: SM_90)
+    rates = {"bandwidth": 3e6, "prepare": False}
+    monkeypatch.setattr(tune, "measured_rates", lambda *rest: rates)
 
     def tuned_tiles(gpu, device, only, bench, sizes, steps):
         assert steps == wanted_steps
         assert only == ["svd.16"] and gpu.bandwidth == 3e6 and gpu.multiprocessors == 114
-        yield from found.items()
+        yield "svd.16.x", Tile(32, 64, 4, 2)
+        yield "svd.16.dy", SM_90.svd[16].dy
+        yield "svd.16.fused.0", Tile(64, 128, 8, 3, 64)
 
     monkeypatch.setattr(tune, "tune", tuned_tiles)
-    assert tune.main(["--only", "svd.16"]) == 0
-    assert f"written to {file}" in capsys.readouterr().out
-    gpu = apply_tuned(SM_90, NAME)
-    assert gpu.multiprocessors == 114 and gpu.bandwidth == 3e6
-    assert tiles_of(gpu) == tiles_of(SM_90) | found
-    found, wanted_steps = {"svd.16.dy": Tile(32, 32, 4, 2)}, 1
-    assert tune.main(["--quick", "--only", "svd.16"]) == 0
-    assert tiles_of(apply_tuned(SM_90, NAME))["svd.16.x"] == Tile(32, 64, 4, 2)
+    assert tune.main(["--only", "svd.16", *options]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "sm_90 in kernels/configs.py, from NVIDIA H100 80GB HBM3:",
+        "multiprocessors: 114",
+        "bandwidth: 3e+06",
+        "prepare: False",
+        "svd.16.x: Tile(32, 64, 4, 2)",
+        "svd.16.fused.0: Tile(64, 128, 8, 3, 64)",
+    ]

@@ -1,43 +1,42 @@
-"""Measure the kernels' tiles on this machine's GPU, and remember the best ones.
+"""Search on this machine's GPU for tiles that are faster than those of kernels/configs.py.
 
-    python -m hal_kernels.tune [--only svd.16 ...] [--quick] [--output FILE] [--dry-run]
+    python -m tools.tune [--only svd.16 ...] [--quick] [--dry-run]
 
-From each shipped tile the search goes on to whichever neighbour is fastest (one side halved or
-doubled, one stage more or less) until none is. What does not compile or is wrong is left out. The
-GPU's own rates, which decide between the paths of the linear layer, are measured as well. The
-result is a JSON file that later processes read when they launch their first kernel:
-``~/.cache/hal_kernels/tuned-<device>-<version>.json``, or what $HAL_KERNELS_TUNED names (see
-`hal_kernels.kernels.tuned`). Training itself never measures anything.
+From each tile the search goes on to whichever neighbour is fastest (one side halved or doubled, one
+stage more or less) until none is. What does not compile or is wrong is left out. The GPU's own
+rates, which decide between the paths of the linear layer, are measured as well. At the end stands
+what differs, as it is written in `hal_kernels.kernels.configs`.
 
-A search of everything takes long; it keeps what it has found at each tile, and a later one goes on
-from there. ``--quick`` takes one step from each tile and no more. Without a GPU there is nothing to
-measure: ``--dry-run`` lists what would be tried first.
+A search of everything takes long: each tile's result is printed when it is found. ``--quick`` takes
+one step from each tile and no more. Without a GPU there is nothing to measure: ``--dry-run`` lists
+what would be tried first.
 """
 
 import argparse
 import dataclasses
-import importlib.util
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from triton.testing import do_bench
 
-if TYPE_CHECKING:
-    from .kernels.configs import Architecture, Tile
-    from .kernels.problems import Problem, Sizes
+from hal_kernels.kernels.configs import Architecture, Tile, architecture_of, fused_us, using
+from hal_kernels.kernels.dropout import fill_keep_
+from hal_kernels.kernels.svd_linear import forward
+
+from .problems import Problem, Sizes, problems, seconds_per
+from .tiles import free_fields, limits, tiles_of
+from .traffic import gemm
 
 Bench = Callable[[Callable[[], object]], float]  # seconds of one call, on the GPU's clock
 
 
-def neighbours(name: str, tile: "Tile") -> list["Tile"]:
-    """The tiles one step away from `tile`, within the limits of what may be stored."""
-    from .kernels.tuned import free_fields, limits
-
+def neighbours(name: str, tile: Tile) -> list[Tile]:
+    """The tiles one step away from `tile`, within `limits`."""
     found = []
     for field in free_fields(name, tile):
         value = getattr(tile, field)
@@ -49,15 +48,15 @@ def neighbours(name: str, tile: "Tile") -> list["Tile"]:
 
 def search(
     name: str,
-    tile: "Tile",
-    cost: Callable[["Tile"], tuple[float, str]],
+    tile: Tile,
+    cost: Callable[[Tile], tuple[float, str]],
     report: Callable[..., Any],
     steps: float = math.inf,
-) -> tuple["Tile", float, float]:
+) -> tuple[Tile, float, float]:
     """(best tile, its cost, the cost of `tile`), by so many steps to the best neighbour at most."""
     costs: dict[Tile, float] = {}
 
-    def of(candidate: "Tile") -> float:
+    def of(candidate: Tile) -> float:
         if candidate not in costs:
             costs[candidate], wrong = cost(candidate)
             report(f"  {_text(candidate)}: {wrong or f'{costs[candidate] * 1e6:.1f} µs'}")
@@ -72,20 +71,15 @@ def search(
     return best, of(best), started
 
 
-def _text(tile: "Tile") -> str:
+def _text(tile: Tile) -> str:
     sides = "×".join(str(n) for n in (tile.rows, tile.columns, tile.depth) if n)
     return f"{sides}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
 def measured_rates(
-    gpu: "Architecture", device: torch.device, bench: Bench, sizes: "Sizes"
+    gpu: Architecture, device: torch.device, bench: Bench, sizes: Sizes
 ) -> dict[str, Any]:
-    """What of `tuned.RATES` takes a measurement."""
-    from .kernels.configs import using
-    from .kernels.dropout import fill_keep_
-    from .kernels.svd_linear import forward
-    from .kernels.traffic import fused_us, gemm
-
+    """What an `Architecture` says of the GPU itself, measured."""
     T, d = sizes.large
     x, weight = (torch.randn(n, d, device=device).bfloat16() for n in (T, d))
     y, copied = x.new_empty(T, d), torch.empty_like(x)
@@ -124,17 +118,15 @@ def _synchronize(device: torch.device) -> None:
 
 
 def tune(
-    gpu: "Architecture",
+    gpu: Architecture,
     device: torch.device,
     only: Sequence[str],
     bench: Bench,
-    sizes: "Sizes",
+    sizes: Sizes,
     report: Callable[..., Any] = print,
     steps: float = math.inf,
-) -> Iterator[tuple[str, "Tile"]]:
+) -> Iterator[tuple[str, Tile]]:
     """The best tile of each kind that `only` selects, one after the other."""
-    from .kernels.problems import problems, seconds_per
-
     for name, tile in selected(gpu, only).items():
         report(name)
         cases: list[Problem] = list(problems(name, device, sizes))
@@ -146,10 +138,8 @@ def tune(
             yield name, best
 
 
-def selected(gpu: "Architecture", only: Sequence[str]) -> dict[str, "Tile"]:
+def selected(gpu: Architecture, only: Sequence[str]) -> dict[str, Tile]:
     """The tiles whose names begin with one of `only`; all of them if that is empty."""
-    from .kernels.tuned import tiles_of
-
     every = tiles_of(gpu)
     unknown = [n for n in only if not any(_within(name, n) for name in every)]
     if unknown:
@@ -167,22 +157,16 @@ def _within(name: str, group: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m hal_kernels.tune",
-        description="Measure the kernels' tiles on this machine's GPU and remember the best ones.",
+        prog="python -m tools.tune",
+        description="Search on this machine's GPU for tiles faster than those of configs.py.",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="svd.16, penalty, …")
     parser.add_argument("--quick", action="store_true", help="one step from each tile at most")
-    parser.add_argument("--output", type=Path, help="the file, in place of the one that is read")
     parser.add_argument("--dry-run", action="store_true", help="list what would be tried first")
     options = parser.parse_args(arguments)
-    if importlib.util.find_spec("triton") is None:
-        parser.exit(1, "triton is not installed: there are no kernels to tune\n")
-
-    from .kernels import tuned
-    from .kernels.configs import DEFAULT, shipped
-
     has_gpu = torch.cuda.is_available()
-    gpu = shipped(torch.cuda.current_device()) if has_gpu else DEFAULT
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    gpu = architecture_of(device)
     try:
         chosen = selected(gpu, options.only)
     except ValueError as error:
@@ -198,34 +182,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels say nothing about time")
 
-    from .kernels.problems import Sizes
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    name = torch.cuda.get_device_name(device)
-    path = options.output or tuned.path_of(name)
-    if path is None:
-        parser.error(f"{tuned.VARIABLE} is set to nothing: name a file with --output")
-    # What an earlier run found stays, and is gone on from.
-    before = tuned.load_or_warn(path, gpu, name) if path.exists() else gpu
     rates: dict[str, Any] = {
         "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
-        **measured_rates(before, device, _bench, Sizes()),
+        **measured_rates(gpu, device, _bench, Sizes()),
     }
-    print(", ".join(f"{n} {v:.4g}" for n, v in rates.items()))
-    gpu = dataclasses.replace(before, **rates)
-    tiles = tuned.tiles_of(before)
-    tuned.save(path, gpu, name, tiles, rates)
     steps = 1 if options.quick else math.inf
-    for tile_name, tile in tune(gpu, device, options.only, _bench, Sizes(), steps=steps):
-        tiles[tile_name] = tile
-        tuned.save(path, gpu, name, tiles, rates)  # at each one: an interrupted search is not lost
-    print(f"written to {path}")
+    measured = dataclasses.replace(gpu, **rates)
+    found = dict(tune(measured, device, options.only, _bench, Sizes(), steps=steps))
+    print(f"\n{gpu.name} in kernels/configs.py, from {torch.cuda.get_device_name(device)}:")
+    for rate, value in rates.items():
+        print(f"{rate}: {value if isinstance(value, bool) else f'{value:.4g}'}")
+    for name, tile in found.items():
+        if tile != chosen[name]:
+            fields = dataclasses.astuple(tile)[: 5 if tile.depth else 4]
+            print(f"{name}: Tile({', '.join(map(str, fields))})")
     return 0
 
 
 def _bench(run: Callable[[], object]) -> float:
-    from triton.testing import do_bench
-
     milliseconds: float = do_bench(run, warmup=10, rep=50, return_mode="median")
     return milliseconds / 1e3
 

@@ -9,10 +9,6 @@ matrix rate.
 """
 
 import dataclasses
-import functools
-
-from .configs import Architecture, Tile
-from .launch import padded
 
 SUM = 4  # bytes an element of h, u and partial sums
 
@@ -342,52 +338,3 @@ def importance_scores(elements: int, directions: int, *, state: int = 4) -> Traf
 def prune(directions: int, *, width: int = 4) -> Traffic:
     """The mask of the global k smallest scores; comparing them is no matrix work."""
     return Traffic(directions * width, directions * width)
-
-
-def fused_us(
-    gpu: Architecture, tile: Tile, T: int, d_in: int, d_out: int, r: int, width: int = 2
-) -> float:
-    """Estimated time of the fused GEMM in tiles of `tile`.
-
-    The longest of: the flops of whole tiles, xP once a tile included, on the multiprocessors that
-    have a tile; the tiles' operands from the cache; the bytes from memory, which half of the
-    multiprocessors saturate. A Triton GEMM takes `gpu.gemm_slowdown` times that.
-    """
-    columns, rate = tile.columns * 2 // width, gpu.matrix_rate * (1.0 if width == 2 else 0.125)
-    tiles = -(-T // tile.rows) * -(-d_out // columns)
-    busy = min(1.0, tiles / gpu.multiprocessors)
-    flops = tiles * 2 * tile.rows * d_in * (columns + padded(r))
-    operands = tiles * (tile.rows + columns) * d_in * width
-    moved = fused(T, d_in, d_out, r, width=width, columns=columns).moved
-    return gpu.gemm_slowdown * max(
-        flops / (rate * busy),
-        operands / (gpu.cache_bandwidth * busy),
-        moved / (gpu.bandwidth * min(1.0, 2 * busy)),
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def fused_tile(
-    gpu: Architecture,
-    tiles: tuple[Tile, ...],
-    T: int,
-    d_in: int,
-    d_out: int,
-    r: int,
-    width: int = 2,
-    always: bool = False,
-) -> Tile | None:
-    """The one of `tiles` with which a fused launch costs the least; None where it does not pay.
-
-    Apart cost: the vendor's GEMM, the bytes of shrink and expand, and two more launches. So the
-    fused kernel serves small T, where launches count, and narrow outputs, where few tiles multiply
-    x with P again: without launches and slowdown that is d_out < columns · width · matrix_rate /
-    (2 · bandwidth · R), about 1500 for 128 columns and r = 16 on an H200.
-    """
-    times = [fused_us(gpu, tile, T, d_in, d_out, r, width) for tile in tiles]
-    best = min(times)
-    rate = gpu.matrix_rate * (1.0 if width == 2 else 0.125)
-    base = gemm(T, d_in, d_out, width=width).floor_us(gpu.bandwidth, rate)
-    adapter = shrink(T, d_in, r, width=width) + expand(T, d_out, r, width=width)
-    apart = base + adapter.floor_us(gpu.bandwidth, rate) + 2 * gpu.launch_us
-    return tiles[times.index(best)] if always or best < apart else None

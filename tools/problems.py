@@ -1,4 +1,4 @@
-"""What a tile is measured on by `hal_kernels.tune`: launches of its kernel, and the right results.
+"""What a tile is measured on by `tools.tune`: launches of its kernel, and the right results.
 
 Shapes are those of a transformer's layers. A tile serves all element types, so each problem comes
 in 16 bits and in 32.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import (
+from hal_kernels.kernels import (
     hypernet_factors,
     hypernet_layer,
     hypernet_tokens,
@@ -19,8 +19,10 @@ from . import (
     svd_adapter,
     svd_linear,
 )
-from .configs import Architecture, Tile, architecture_of, using
-from .tuned import SIZED, sized, with_tiles
+from hal_kernels.kernels.configs import Architecture, Tile, architecture_of, using
+from hal_kernels.ops.hypernet_layer import _backward_default, _forward
+
+from .tiles import SIZED, sized, with_tiles
 
 Tensors = Sequence[torch.Tensor]
 
@@ -67,7 +69,7 @@ def candidate(gpu: Architecture, name: str, tile: Tile) -> Architecture:
 
 
 def problems(name: str, device: torch.device, sizes: Sizes) -> Iterator[Problem]:
-    """What the tile `name` is measured on; `svd.16.shrink` and so on, as in `tuned.tiles_of`."""
+    """What the tile `name` is measured on; `svd.16.shrink` and so on, as in `tiles.tiles_of`."""
     kind, group, kernel, *number = name.split(".")
     for dtype in (torch.bfloat16, torch.float32):
         if kind in SIZED:
@@ -201,8 +203,6 @@ def hypernet_problem(
     device: torch.device,
 ) -> Problem:
     """The hypernetworks' layer for P, Λ and Q, forward and backward."""
-    from ..ops.hypernet_layer import _backward_default, _forward
-
     sets, options = 3, (heads, 1e-12, False)
     shapes = (
         (3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,), (hidden,), (hidden,),

@@ -1,26 +1,23 @@
 """What every kernel costs on every GPU that has a configuration, without such a GPU.
 
-    python -m hal_kernels.kernels.report [--quick] [--arch sm_90 ...] [--kernel NAME] [--jobs N]
+    python -m tools.report [--quick] [--arch sm_90 ...] [--kernel NAME] [--jobs N]
 
 compiles every kernel × every shipped configuration ahead of time and prints registers a thread,
 spilled bytes, shared memory and occupancy. The exit status is 1 if a kernel does not compile,
 spills, or needs more shared memory than a block may have. ``--quick`` takes four architectures and
 one configuration of each kernel on each of them, another one on each.
 
-Every module of this package that has kernels lists what is to be compiled in a function
-``cases() -> Iterable[Case]``. "default", what an unknown GPU takes, is compiled for sm_80 within
-the 64 KiB that every GPU has.
+`tools.kernel_cases` lists what is compiled. "default", what an unknown GPU takes, is compiled for
+sm_80 within the 64 KiB that every GPU has.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -28,7 +25,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .cases import Case
+from hal_kernels.kernels.cases import Case
+
+from .kernel_cases import CASES
 
 
 class Target(NamedTuple):
@@ -83,20 +82,9 @@ class Row:
         return "spills" if self.spills else ""
 
 
-def modules() -> list[str]:
-    """Names of this package's modules that have something to compile."""
-    package = importlib.import_module("hal_kernels.kernels")
-    names = [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
-    return [
-        n
-        for n in names
-        if not n.endswith(".report") and hasattr(importlib.import_module(n), "cases")
-    ]
-
-
 def measure(module: str, index: int) -> Row:
     """Compile one case, by its place in the list of `module`."""
-    case = list(importlib.import_module(module).cases())[index]
+    case = list(CASES[module]())[index]
     row = _started(module, case)
     target = TARGETS[case.architecture]
     try:
@@ -114,7 +102,7 @@ def measure(module: str, index: int) -> Row:
 
 def _started(module: str, case: Case) -> Row:
     """The row of a case, as far as it is known before compiling."""
-    kernel = f"{module.rsplit('.', 1)[-1]}.{case.kernel.__name__.strip('_')}"
+    kernel = f"{module}.{case.kernel.__name__.strip('_')}"
     options = f"{case.config['num_warps']}x{case.config['num_stages']}"
     return Row(case.architecture, kernel, _label(case), options)
 
@@ -241,7 +229,7 @@ def _few(rows: Sequence[Row]) -> list[int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hal_kernels.kernels.report")
+    parser = argparse.ArgumentParser(prog="python -m tools.report")
     parser.add_argument("--arch", nargs="+", choices=TARGETS)
     parser.add_argument("--kernel", default="", help="only those with this in module.kernel")
     parser.add_argument(
@@ -255,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
 
     work, started = [], []
-    for module in modules():
-        for index, case in enumerate(importlib.import_module(module).cases()):
+    for module, cases in CASES.items():
+        for index, case in enumerate(cases()):
             row = _started(module, case)
             if row.arch in archs and options.kernel in row.kernel:
                 work.append((module, index))

@@ -1,0 +1,75 @@
+"""Imports in hal_kernels point one way: patching, adapter, operators, kernels."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "hal_kernels").rglob("*.py"))
+# Kernels that still call their operator's default implementation. Nothing is to be added here.
+ALLOWED = [
+    {"kernels.hypernet_factors", "ops.hypernet_factors"},
+    {"kernels.hypernet_layer", "ops.hypernet_layer"},
+    {"kernels.hypernet_tokens", "ops.hypernet_tokens"},
+    {"kernels.svd_adapter", "kernels.svd_adapter_add", "ops.svd_adapter_add"},
+    {"kernels.svd_linear", "ops.svd_linear"},
+    {"kernels.svd_linear_group", "ops.svd_linear_group"},
+    {"kernels.svd_linear_penalty", "ops.svd_linear_penalty"},
+]
+
+
+def name_of(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def nodes_of(tree):
+    """Everything in `tree`, functions' bodies too, but what only a type checker reads."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield from nodes_of(child)
+
+
+def imports_of(file, known):
+    """The modules of `known` that a file imports."""
+    package = name_of(file) if file.stem == "__init__" else name_of(file).rpartition(".")[0]
+    found = set()
+    for node in nodes_of(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                part = f"{base}.{alias.name}"
+                found.add(part if part in known else base)
+    return (found & known) - {name_of(file)}
+
+
+def reached_from(start, graph):
+    """The modules that `start` imports, and those that these import, and so on."""
+    reached, todo = set(), [start]
+    while todo:
+        new = graph[todo.pop()] - reached
+        reached |= new
+        todo += new
+    return reached
+
+
+def circles_of(graph):
+    """Sets of modules that reach one another."""
+    reach = {module: reached_from(module, graph) for module in graph}
+    return {frozenset(b for b in reach[a] if a in reach[b]) for a in graph if a in reach[a]}
+
+
+def test_no_circles():
+    known = {name_of(file) for file in FILES}
+    graph = {name_of(file): imports_of(file, known) for file in FILES}
+    assert "hal_kernels.nn.adapter" in graph["hal_kernels.patching"]  # the reading itself works
+    assert "hal_kernels.kernels.spectral_step" in graph["hal_kernels.ops.spectral_step"]
+    allowed = [{f"hal_kernels.{module}" for module in circle} for circle in ALLOWED]
+    assert not [sorted(c) for c in circles_of(graph) if not any(c <= a for a in allowed)]
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"e"}}
+    assert circles_of(graph) == {frozenset("bc"), frozenset("e")}
