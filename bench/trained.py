@@ -61,7 +61,7 @@ class Runs:
     """Trains what has no row yet, and appends one as soon as a run is done."""
 
     def __init__(self, suite: str, arguments: argparse.Namespace) -> None:
-        from hal_peft.demo import packaged_model
+        from examples.demo.task import packaged_model
 
         self.suite, self.arguments = suite, arguments
         self.source = arguments.model or packaged_model()

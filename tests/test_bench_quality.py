@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no installed package
 
 from bench import quality, training_time  # noqa: E402
-from hal_peft import evaluators  # noqa: E402
+from hal_finetune import evaluators  # noqa: E402
 
 TINY = ["--steps", "21", "--base-steps", "20", "--batch", "2", "--length", "192"]
 TINY += ["--new-tokens", "6", "--held-out", "3", "--seed", "0"]

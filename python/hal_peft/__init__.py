@@ -8,9 +8,9 @@ Importing this package registers the method with PEFT (docs/peft.md).
 """
 
 from .adalora import export_adalora, load_adalora
-from .peft_config import HyperAdaLoraConfig
-from .peft_model import HyperAdaLoraModel
-from .peft_register import register
+from .config import HyperAdaLoraConfig
+from .model import HyperAdaLoraModel
+from .register import register
 
 register()
 

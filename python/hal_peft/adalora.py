@@ -18,18 +18,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from hal_kernels.checks import INVALID, expect_finite, expect_tensors
-from hal_kernels.export import exact_targets
-from hal_kernels.files import folder_path, serialized, write_together
-from hal_kernels.introspection import adapter_factors
-from hal_kernels.nn.adapter import HyperAdapter
-from hal_kernels.nn.allocation import INTERVAL
-from hal_kernels.nn.linear import adapted_class, linear_widths
-from hal_kernels.targets import matches
+from hal_kernels.integration import (
+    INVALID,
+    HyperAdapter,
+    adapted_class,
+    adapter_factors,
+    exact_targets,
+    expect_finite,
+    expect_tensors,
+    folder_path,
+    linear_widths,
+    serialized,
+    write_together,
+)
 
-from .peft_config import HyperAdaLoraConfig
-from .peft_model import HyperAdaLoraModel
-from .peft_state import LAYERS, PROGRESS, REST, State, by_layer, expect_others
+from .config import HyperAdaLoraConfig
+from .model import HyperAdaLoraModel
+from .names import is_named
+from .state import LAYERS, PROGRESS, REST, State, by_layer, expect_others
 
 RANK_OFFSET = 1e-5
 """What AdaLoRA adds to the rank that divides its scaling."""
@@ -86,7 +92,7 @@ def load_adalora(
             for key, saved in tuner.saved_modules(adapter_name).items():
                 own = {f"{LAYERS}{key}.{k}": v for k, v in saved.items()}
                 lacking = sorted(own.keys() - others.keys())
-                if len(lacking) == len(own) and not matches(key, heads):
+                if len(lacking) == len(own) and not is_named(key, heads):
                     state |= own  # a head that AdaLoRA left alone
                 elif lacking:
                     raise ValueError(f"it lacks {lacking}, which AdaLoRA trained in full")
@@ -179,7 +185,7 @@ def export_adalora(
         init_r=init_r,
         target_r=config.r,
         total_step=max(adapter.steps, 1),
-        deltaT=config.interval or INTERVAL,
+        deltaT=config.interval or 100,  # as in a long run
         beta1=config.beta1,
         beta2=config.beta2,
         orth_reg_weight=config.gamma,
@@ -238,16 +244,16 @@ def _expect_targets(
     targets = config.target_modules
     if isinstance(targets, str) or config.exclude_modules or config.layers_to_transform is not None:
         return
-    whole = [name for name, _ in model.named_modules() if matches(name, heads)]
+    whole = [name for name, _ in model.named_modules() if is_named(name, heads)]
     lacking = [
         name
         for name, module in model.named_modules()
-        if matches(name, targets) and adapted_class(module) is not None and name not in factors
+        if is_named(name, targets) and adapted_class(module) is not None and name not in factors
         if not any(f"{name}.".startswith(f"{head}.") for head in whole)
     ]
     if lacking:
         raise ValueError(f"it lacks the factors of {lacking}, which its target_modules name")
-    unnamed = [name for name in factors if not matches(name, targets)]
+    unnamed = [name for name in factors if not is_named(name, targets)]
     if unnamed:
         raise ValueError(f"it holds factors of {unnamed}, which its target_modules do not name")
 

@@ -17,9 +17,7 @@ from torch import nn
 from transformers import Trainer
 
 import hal_kernels
-from hal_kernels.nn import HyperAdapter
-from hal_kernels.patched import ATTRIBUTE, saved_modules
-from hal_kernels.targets import saved_module_names
+from hal_kernels.integration import HyperAdapter, saved_module_names
 
 
 class AdapterTrainer(Trainer):
@@ -70,7 +68,8 @@ class AdapterTrainer(Trainer):
     @property
     def _patched(self) -> bool:
         """Whether `patch_model` made the adapter: PEFT saves what it holds itself."""
-        return any(ATTRIBUTE in m._modules for m in self._module.modules())
+        children = (m._modules.get("hal") for m in self._module.modules())
+        return any(isinstance(child, HyperAdapter) for child in children)
 
     # -- loss ------------------------------------------------------------------------------------
 
@@ -144,25 +143,28 @@ class AdapterTrainer(Trainer):
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if made and self.head_learning_rate is not None:
-            head = {id(p) for module in self._heads() for p in module.parameters()}
+            head = self._in_full()
             for group in list(optimizer.param_groups):
                 inside = [p for p in group["params"] if id(p) in head]
                 if inside:
                     group["params"] = [p for p in group["params"] if id(p) not in head]
-                    options = {k: v for k, v in group.items() if k != "params"}
                     optimizer.add_param_group(
-                        options | {"params": inside, "lr": self.head_learning_rate}
+                        {**group, "params": inside, "lr": self.head_learning_rate}
                     )
         return optimizer
 
-    def _heads(self) -> list[nn.Module]:
-        """The modules that are trained in full: as PEFT has them, as patch_model, or found."""
-        model = self._module
-        wrapped = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
-        if wrapped or not self._patched:
-            names = [] if wrapped else saved_module_names(model, hal_kernels.HALConfig())
-            return [*wrapped, *map(model.get_submodule, names)]
-        return [module for _, module in saved_modules(model)]
+    def _in_full(self) -> set[int]:
+        """Ids of the parameters of modules trained in full: as patch_model or PEFT has them, or
+        the heads that patch_model would find."""
+        model, adapter = self._module, self.adapter
+        if adapter is not None:
+            own = {id(p) for p in adapter.parameters()}
+            return {id(p) for p in model.parameters() if p.requires_grad} - own
+        heads: list[nn.Module] = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        if not heads:
+            names = saved_module_names(model, hal_kernels.HALConfig())
+            heads = [model.get_submodule(name) for name in names]
+        return {id(p) for head in heads for p in head.parameters()}
 
     # -- checkpoints -----------------------------------------------------------------------------
 

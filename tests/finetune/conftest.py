@@ -77,7 +77,7 @@ def quick(monkeypatch):
 @pytest.fixture
 def finetune(tmp_path, monkeypatch, quick):
     """Run the command in this process: `finetune("--flag", value, …)` returns its exit status."""
-    from hal_peft.finetune import main
+    from hal_finetune.main import main
 
     monkeypatch.chdir(tmp_path)
     # Trainer's integration sets it for good.

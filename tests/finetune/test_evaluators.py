@@ -6,9 +6,9 @@ from decimal import Decimal
 
 import pytest
 
-from hal_peft import evaluators, finetune_data, prompts
-from hal_peft.code_execution import passes
-from hal_peft.finetune_options import DataOptions, OptionsError
+from hal_finetune import data, evaluators, prompts
+from hal_finetune.code_execution import passes
+from hal_finetune.options import DataOptions, OptionsError
 
 from .tiny import build_tokenizer, save_model, write_jsonl
 
@@ -55,12 +55,12 @@ def test_only_the_answer_has_labels():
         prompts.Prompted("write " * 9, "two"),  # leaves no room
         prompts.Prompted("write", "two " * 9),  # is cut
     ]
-    rows = finetune_data.encode_prompted(tokenizer, examples, max_length=7)
+    rows = data.encode(tokenizer, examples, max_length=7)
     assert len(rows) == 2
     for row in rows:
         assert len(row["input_ids"]) == len(row["attention_mask"]) == len(row["labels"])
         pairs = zip(row["input_ids"], row["labels"], strict=True)
-        assert all(label in (token, finetune_data.IGNORED) for token, label in pairs)
+        assert all(label in (token, data.IGNORED) for token, label in pairs)
     words = tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])
     assert words == ["write", "the", "number", "two", "three", "</s>"]
     assert [label != -100 for label in rows[0]["labels"]] == [False] * 3 + [True] * 3
@@ -110,11 +110,11 @@ def test_glue_by_name(hub):
     rows = [{"sentence1": f"a {i}", "sentence2": "b", "label": 1} for i in range(3)]
     for split in ("train", "validation"):
         hub["nyu-mll/glue", "rte", split] = datasets.Dataset.from_list(rows, features)
-    task = finetune_data.load(DataOptions(model="m", dataset="glue/rte"), seed=0)
+    task = data.load(DataOptions(model="m", dataset="glue/rte"), seed=0)
     assert task.form == prompts.CLASSIFICATION
-    assert task.labelled.label_names == ["entailment", "not_entailment"]
-    assert [e.label for e in task.labelled.train] == [1, 1, 1]
-    assert (task.labelled.dev[2].text, task.labelled.dev[2].pair) == ("a 2", "b")
+    assert task.label_names == ["entailment", "not_entailment"]
+    assert [e.label for e in task.train] == [1, 1, 1]
+    assert (task.held_out[2].text, task.held_out[2].pair) == ("a 2", "b")
 
 
 def test_a_side_is_held_out_where_there_is_none(hub):
@@ -123,11 +123,11 @@ def test_a_side_is_held_out_where_there_is_none(hub):
     rows = [{"instruction": f"do {i}", "input": "", "output": f"{i}"} for i in range(30)]
     hub["tatsu-lab/alpaca", None, "train"] = datasets.Dataset.from_list(rows)
     options = DataOptions(model="m", dataset="tatsu-lab/alpaca", held_out=5)
-    task = finetune_data.load(options, seed=0)
+    task = data.load(options, seed=0)
     assert len(task.train) == 25 and len(task.held_out) == 5
     assert not set(task.train) & set(task.held_out)
-    assert finetune_data.load(options, seed=0) == task
-    assert finetune_data.load(options, seed=1) != task
+    assert data.load(options, seed=0) == task
+    assert data.load(options, seed=1) != task
 
 
 def test_train_on_one_set_and_test_on_another(hub):
@@ -138,11 +138,11 @@ def test_train_on_one_set_and_test_on_another(hub):
     program = {"prompt": "p", "canonical_solution": "s", "test": "t", "entry_point": "f"}
     hub["openai/openai_humaneval", None, "test"] = datasets.Dataset.from_list([program])
     options = DataOptions(model="m", dataset="me/mine:small", eval_dataset="openai_humaneval")
-    task = finetune_data.load(options, seed=0)
+    task = data.load(options, seed=0)
     assert task.form == prompts.HUMANEVAL
     assert len(task.train) == 3 and task.held_out[0].tests == "t\ncheck(f)\n"
     with pytest.raises(OptionsError, match="has no training side"):
-        finetune_data.load(DataOptions(model="m", dataset="openai_humaneval"), seed=0)
+        data.load(DataOptions(model="m", dataset="openai_humaneval"), seed=0)
 
 
 def test_a_data_set_without_a_row(hub):
@@ -151,7 +151,7 @@ def test_a_data_set_without_a_row(hub):
     empty = datasets.Dataset.from_dict({"prompt": [], "completion": []})
     hub["me/empty", None, "train"] = empty
     with pytest.raises(OptionsError, match=r"me/empty.*: holds no row"):
-        finetune_data.load(DataOptions(model="m", dataset="me/empty"), seed=0)
+        data.load(DataOptions(model="m", dataset="me/empty"), seed=0)
 
 
 HUMANEVAL = {"prompt": "def f():", "canonical_solution": "", "test": "", "entry_point": "f"}
@@ -175,7 +175,7 @@ def test_rows_that_do_not_fit_name_their_place(row, change, message, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [row, row | change])
     options = DataOptions(model="m", train_file=str(path), eval_file=str(path))
     with pytest.raises(OptionsError, match=r"rows\.jsonl:2: " + message):
-        finetune_data.load(options, seed=0)
+        data.load(options, seed=0)
 
 
 # -- judges ----------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ while len(os.listdir({str(tmp_path)!r})) < 3:
 
 
 def test_a_judge_that_is_stopped_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr("hal_peft.code_execution._GRACE", 0.5)
+    monkeypatch.setattr("hal_finetune.code_execution._GRACE", 0.5)
     start = time.monotonic()
     assert not runs("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)", seconds=0.5)
     assert time.monotonic() - start < 3

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import nn
 
 import hal_kernels
-from hal_peft.peft_layer import HyperAdaLoraLinear
+from hal_peft.layer import HyperAdaLoraLinear
 from hal_peft.quantized import dequantize
 
 from . import zoo

@@ -1,0 +1,1 @@
+"""Examples; all but the demo are single files that run by their path."""

@@ -1,0 +1,234 @@
+"""Data for fine-tuning: sets of the hub by name, or local JSONL files, tokenized."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import prompts
+from .options import DataOptions, OptionsError
+from .prompts import CLASSIFICATION, Prompted
+from .rows import Example, Records, labelled, read_records
+
+IGNORED = -100  # the label of tokens that count in no loss
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where a data set's two sides are on the hub; None: it has no such side."""
+
+    path: str
+    config: str | None
+    train: str | None
+    held_out: str | None
+
+
+KNOWN = {
+    **{
+        f"glue/{task}": HubSet("nyu-mll/glue", task, "train", "validation")
+        for task in ("rte", "wnli", "sst2", "cola", "mrpc", "qnli", "qqp")
+    },
+    "glue/mnli": HubSet("nyu-mll/glue", "mnli", "train", "validation_matched"),
+    "tatsu-lab/alpaca": HubSet("tatsu-lab/alpaca", None, "train", None),
+    "magpie": HubSet("Magpie-Align/Magpie-Pro-300K-Filtered", None, "train", None),
+    "open-platypus": HubSet("garage-bAInd/Open-Platypus", None, "train", None),
+    "gsm8k": HubSet("openai/gsm8k", "main", "train", "test"),
+    "openai_humaneval": HubSet("openai/openai_humaneval", None, None, "test"),
+}
+"""The paper's data sets, and the rest of GLUE's classification tasks, by short name."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on and evaluated on.
+
+    Attributes:
+        form: `prompts.CLASSIFICATION`, or a generation form of `prompts.FORMS` (of the held-out
+            side, which decides how answers are judged).
+        name: of the data, for people.
+        train, held_out: `Example` of a classification task, else `Prompted`.
+        label_names: of a classification task.
+    """
+
+    form: str
+    name: str
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    label_names: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Side:
+    form: str
+    rows: list[tuple[dict[str, Any], str]]
+    name: str
+    label_names: list[str] | None = None
+
+    def drawn(self, count: int | None, seed: int) -> _Side:
+        """That many rows, drawn at random; all for None, or if there are no more."""
+        if count is None or len(self.rows) <= count:
+            return self
+        return dataclasses.replace(self, rows=random.Random(seed).sample(self.rows, count))
+
+
+def load(options: DataOptions, seed: int) -> Task:
+    """Read both sides of the data that the options name.
+
+    Raises:
+        OptionsError: unknown names, files that can't be read, rows that don't fit.
+    """
+    try:
+        train, held_out = _sides(options, seed)
+        train = train.drawn(options.max_train_samples, seed)
+        held_out = held_out.drawn(options.max_eval_samples, seed)
+        name = train.name if train.name == held_out.name else f"{train.name}, {held_out.name}"
+        if train.form == CLASSIFICATION:
+            sides = labelled(
+                train.rows, held_out.rows, train_name=train.name, label_names=train.label_names
+            )
+            return Task(CLASSIFICATION, name, *sides)
+        if held_out.form == CLASSIFICATION:
+            raise ValueError(f"{held_out.name} holds labels, {train.name} does not")
+        asked, answered = (
+            [prompts.prompted(side.form, *row) for row in side.rows] for side in (train, held_out)
+        )
+        return Task(held_out.form, name, asked, answered)
+    except (OSError, ValueError) as error:
+        raise OptionsError(str(error)) from error
+
+
+def _sides(options: DataOptions, seed: int) -> tuple[_Side, _Side]:
+    train: _Side | None
+    held_out: _Side | None
+    if options.train_file is not None:
+        train, held_out = _from_file(options.train_file), None
+    else:
+        assert options.dataset is not None  # settled with the options
+        train, held_out = _from_hub(options.dataset)
+    if options.eval_file is not None:
+        held_out = _from_file(options.eval_file)
+    elif options.eval_dataset is not None:
+        held_out = _from_hub(options.eval_dataset)[1]
+        if held_out is None:
+            raise ValueError(f"--eval_dataset {options.eval_dataset} has no held-out side")
+    if train is None:
+        raise ValueError(
+            f"--dataset {options.dataset} has no training side: give it as --eval_dataset"
+        )
+    return (train, held_out) if held_out is not None else _split(train, options.held_out, seed)
+
+
+def _from_file(name: str) -> _Side:
+    path = Path(name)
+    return _side(read_records(path), path.name)
+
+
+def _side(records: Records, name: str, label_names: list[str] | None = None) -> _Side:
+    rows = list(records)
+    if not rows:
+        raise ValueError(f"{name}: holds no row")
+    try:
+        form = prompts.form_of(rows[0][0].keys())
+    except ValueError as error:
+        raise ValueError(f"{rows[0][1]}: {error}") from None
+    return _Side(form, rows, name, label_names)
+
+
+def _from_hub(name: str) -> tuple[_Side | None, _Side | None]:
+    from datasets import get_dataset_split_names, load_dataset
+
+    where = KNOWN.get(name)
+    try:
+        if where is None:
+            path, _, config = name.partition(":")
+            splits = get_dataset_split_names(path, config or None)
+            held_out = next((s for s in ("validation", "test") if s in splits), None)
+            where = HubSet(path, config or None, "train" if "train" in splits else None, held_out)
+        loaded = [
+            None if split is None else load_dataset(where.path, where.config, split=split)
+            for split in (where.train, where.held_out)
+        ]
+    except Exception as error:  # any kind: of the network, of the hub, of a script
+        known = ", ".join(sorted(KNOWN))
+        raise ValueError(
+            f"data set {name!r} can't be loaded ({type(error).__name__}: {error}). Known by name: "
+            f"{known}; or give --train_file"
+        ) from error
+
+    def side(data: Any) -> _Side | None:
+        if data is None:
+            return None
+        names = getattr(data.features.get("label"), "names", None)
+        return _side(((row, f"{name}, row {i}") for i, row in enumerate(data)), name, names)
+
+    return side(loaded[0]), side(loaded[1])
+
+
+def _split(side: _Side, count: int, seed: int) -> tuple[_Side, _Side]:
+    """Hold out `count` rows, chosen by the seed, in their order."""
+    if len(side.rows) <= count:
+        raise ValueError(
+            f"{side.name} has {len(side.rows)} rows: --held_out {count} leaves none to train on"
+        )
+    chosen = set(random.Random(seed).sample(range(len(side.rows)), count))
+    train, held_out = (
+        [row for i, row in enumerate(side.rows) if (i in chosen) == held] for held in (False, True)
+    )
+    return dataclasses.replace(side, rows=train), dataclasses.replace(side, rows=held_out)
+
+
+def encode(
+    tokenizer: Any, examples: Sequence[Example] | Sequence[Prompted], max_length: int
+) -> list[dict[str, Any]]:
+    """Token ids, attention mask and labels of each row, not padded.
+
+    A text, or a pair of texts, is cut at `max_length` tokens. A prompt and its answer are one
+    sequence that ends with eos, of which only the answer has labels and is cut; rows whose prompt
+    leaves no room are left out.
+
+    Raises:
+        OptionsError: a row has no token to begin with, or none is left.
+    """
+    try:
+        if isinstance(examples[0], Prompted):
+            return _encode_prompted(tokenizer, examples, max_length)  # type: ignore[arg-type]
+        return _encode_labelled(tokenizer, examples, max_length)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise OptionsError(str(error)) from error
+
+
+def _encode_labelled(
+    tokenizer: Any, examples: Sequence[Example], max_length: int
+) -> list[dict[str, Any]]:
+    texts, pairs = [e.text for e in examples], [e.pair for e in examples]
+    encoded = tokenizer(
+        texts, None if None in pairs else pairs, truncation=True, max_length=max_length
+    )
+    rows = []
+    for i, example in enumerate(examples):
+        rows.append({key: encoded[key][i] for key in encoded} | {"labels": example.label})
+        if not rows[-1]["input_ids"]:
+            raise ValueError(f"{example.source}: the text {example.text!r} has no token")
+    return rows
+
+
+def _encode_prompted(
+    tokenizer: Any, examples: Sequence[Prompted], max_length: int
+) -> list[dict[str, Any]]:
+    heads = prompts.encode(tokenizer, examples)
+    answers = tokenizer([e.answer for e in examples], add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = []
+    for head, answer in zip(heads, answers, strict=True):
+        tail = [*answer, *end]
+        if len(head) < max_length and tail:
+            ids = [*head, *tail][:max_length]
+            labels = [*[IGNORED] * len(head), *tail][:max_length]
+            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    if not rows:
+        raise ValueError(f"--max_length is {max_length}: every prompt is as long, or longer")
+    return rows
