@@ -33,7 +33,8 @@ __all__ = [  # noqa: RUF022
     "adapter_factors", "adapter_rank_pattern", "compact_adapter", "replace_data",
     # checkpoints: what their tensors must be, and files that a kill leaves whole
     "saved_steps", "LATER", "without_offsets", "without_sketches",
-    "expect_tensors", "expect_finite", "expect_mask", "INVALID", "folder_path", "serialized", "write_together",
+    "expect_tensors", "expect_finite", "expect_mask", "INVALID",
+    "folder_path", "serialized", "write_together",
     # the adapter as LoRA
     "write_lora", "exact_targets",
 ]  # fmt: skip

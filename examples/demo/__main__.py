@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
+from transformers.utils import logging
 
 import hal_kernels
 from hal_finetune.data import Task, encode, load
@@ -94,8 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-length", type=_positive, default=48, help="tokens a text is cut to")
     parser.add_argument("--rank", type=_positive, default=3, help="average rank after allocation")
     parser.add_argument("--seed", type=int, default=0)
-    # One step of a hypernetwork's weights moves the factors much further than one of their own.
-    parser.add_argument("--lr-hyper", type=float, default=3e-4, help="of the hypernetworks")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of HyperAdaLoRA")
     parser.add_argument("--lr-adalora", type=float, default=1e-2, help="of AdaLoRA's factors")
     parser.add_argument("--head-lr", type=float, default=1e-3, help="of both classifiers")
     parser.add_argument("--dev-rows", type=_positive, default=1000, help="held-out texts at most")
@@ -148,7 +150,7 @@ def build(method: str, options: argparse.Namespace, label_names: list[str]) -> C
         if parameter.requires_grad:
             in_head = any(f".{head}." in f".{name}" for head in heads)
             (inside if in_head else outside).append(parameter)
-    rate = options.lr_hyper if method == "hyperadalora" else options.lr_adalora
+    rate = options.lr if method == "hyperadalora" else options.lr_adalora
     optimizer = torch.optim.AdamW(
         [{"params": outside, "lr": rate}, {"params": inside, "lr": options.head_lr}],
         weight_decay=0.0,
@@ -159,6 +161,10 @@ def build(method: str, options: argparse.Namespace, label_names: list[str]) -> C
 
 def _run(options: argparse.Namespace) -> int:
     """The whole demo: train, report, save, check."""
+    logging.set_verbosity_error()  # a classifier is new, as it should be
+    logging.disable_progress_bar()
+    # Of names that PEFT uses and transformers has changed: nothing to act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     options.model = options.model or packaged_model()
     console, task = Console(highlight=False), load_task(options)
     assert task.label_names is not None
@@ -179,6 +185,7 @@ def _run(options: argparse.Namespace) -> int:
             contender.step(batch, number)
     after = [accuracy(c.model, tokenizer, dev) for c in contenders]
     results = [figures(*one) for one in zip(contenders, before, after, strict=True)]
+    add_what_it_took(results)
     console.print(table(results))
     options.out.mkdir(parents=True, exist_ok=True)
     write(results, options.out)
@@ -202,6 +209,8 @@ def figures(contender: Contender, before: float, after: float) -> dict[str, Any]
         "method": LABELS[contender.method],
         "loss_half": statistics.fmean(losses[:half][-WINDOW:]),
         "loss_end": statistics.fmean(losses[-WINDOW:]),
+        "milliseconds": contender.milliseconds,
+        "training_bytes": training_bytes(contender),
         "accuracy_before": before,
         "accuracy_after": after,
         "step_ms": statistics.median(contender.milliseconds),
@@ -212,21 +221,51 @@ def figures(contender: Contender, before: float, after: float) -> dict[str, Any]
     }
 
 
+def training_bytes(contender: Contender) -> int:
+    """Of what is trained beside the classifier: parameters, their gradients, the moments."""
+    held = list(contender.optimizer.param_groups[0]["params"])
+    moments = [t for p in held for t in contender.optimizer.state.get(p, {}).values()]
+    tensors = [*held, *held, *(t for t in moments if isinstance(t, torch.Tensor))]
+    if hasattr(contender.model, "hal"):
+        tensors += [t for n, t in contender.model.hal.named_buffers() if n.startswith("momentum_")]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def add_what_it_took(results: Sequence[dict[str, Any]]) -> None:
+    """Steps and seconds of each method to the mean loss that AdaLoRA has at half of its steps."""
+    target = results[-1]["loss_half"]
+    for result in results:
+        losses = result["losses"]
+        ends = range(WINDOW, len(losses) + 1)
+        means = (statistics.fmean(losses[end - WINDOW : end]) for end in ends)
+        steps = next((e for e, mean in zip(ends, means, strict=True) if mean <= target), None)
+        result["steps_to_target"] = steps
+        result["seconds_to_target"] = steps and sum(result["milliseconds"][:steps]) / 1e3
+
+
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """The figures, a column a method."""
     made = Table("", title="both methods in turn, step by step")
     for result in results:
         made.add_column(result["method"], justify="right")
+    target = results[-1]["loss_half"]
     rows = {
-        "training loss at half, without penalty": "{loss_half:.3f}",
-        "training loss at the end": "{loss_end:.3f}",
+        f"steps to a loss of {target:.2f}, AdaLoRA's at half": "{steps_to_target}",
+        "seconds to it": "{seconds_to_target:.1f}",
+        "time a step, median (ms)": "{step_ms:.0f}",
+        "training loss at the end, without penalty": "{loss_end:.3f}",
         "held-out accuracy before": "{accuracy_before:.1%}",
         "held-out accuracy after": "{accuracy_after:.1%}",
-        "time a step, median (ms)": "{step_ms:.0f}",
-        "trainable parameters, with the classifier": "{trainable_parameters:,}",
+        "KiB of the adapter in training, moments included": "{kib:,.0f}",
     }
+    shown = [
+        result
+        | {"kib": result["training_bytes"] / 2**10}
+        | {"seconds_to_target": result["seconds_to_target"] or math.nan}
+        for result in results
+    ]
     for name, text in rows.items():
-        made.add_row(name, *(text.format(**result) for result in results))
+        made.add_row(name, *(text.format(**result) for result in shown))
     for when in ("before", "after"):
         kept = [list(result[f"ranks_{when}"].values()) for result in results]
         cells = [f"{sum(own)} ({min(own)}–{max(own)})" for own in kept]

@@ -57,7 +57,7 @@ class DataOptions:
 
 @dataclass
 class MethodOptions:
-    """How the model is adapted. Defaults are the paper's."""
+    """How the model is adapted."""
 
     method: Literal[METHODS] = _option(  # type: ignore[valid-type]
         "hyperadalora", '"adalora" is on the kernels of hal_kernels, "adalora-peft" PEFT\'s'
@@ -67,11 +67,11 @@ class MethodOptions:
     alpha: float = _option(8.0, "scaling is alpha / rank")
     dropout: float = _option(0.0, "on the adapter's input")
     gamma: float = _option(0.1, "weight of the orthogonality penalty")
-    hypernet: Literal["bert", "mlp", "cnn"] = _option(
-        "bert", "hyperadalora: architecture of the hypernetworks"
+    hypernet: Literal["bert", "mlp", "cnn"] | None = _option(
+        None, "hyperadalora: the paper's hypernetworks in place of spectral steps"
     )
-    update: Literal["anchor", "replace", "residual"] = _option(
-        "anchor", "hyperadalora: how their output becomes the factors"
+    update: Literal["spectral", "anchor", "replace", "residual"] | None = _option(
+        None, "hyperadalora: spectral steps, or how hypernetworks' output becomes the factors"
     )
     interval: int | None = _option(
         None, "steps between two allocations (default: 100, fewer in a short run)"
@@ -88,18 +88,18 @@ class MethodOptions:
 
 @dataclass
 class RunOptions(TrainingArguments):
-    """Every option of transformers' TrainingArguments, with the paper's recipe as defaults.
+    """Every option of transformers' TrainingArguments.
 
-    Adam (AdamW without weight decay), learning rate 1e-5, batches of 64, 500 steps of linear
-    warm-up, then cosine [4.1.4, App. E].
+    Defaults: AdamW without weight decay, batches of 64, linear warm-up over a tenth of the steps,
+    then cosine; the learning rate that suits the method.
     """
 
     output_dir: str | None = _option("finetune_out", "folder of the run")
-    learning_rate: float = _option(1e-5, "peak")
+    learning_rate: float | None = _option(None, "peak; default: what suits the method")  # type: ignore[assignment]
     per_device_train_batch_size: int = _option(64, "rows of a batch")
     per_device_eval_batch_size: int = _option(32, "rows of a batch")
     lr_scheduler_type: str = _option("cosine", "after the warm-up")
-    warmup_steps: float = _option(500, "steps, or a share below 1")
+    warmup_steps: float = _option(0.1, "steps, or a share below 1")
     logging_steps: float = _option(10, "steps between two log lines")
     eval_strategy: str = _option("epoch", "when to evaluate the loss")
     save_strategy: str = _option("epoch", "when to write a checkpoint")
@@ -112,6 +112,12 @@ class RunOptions(TrainingArguments):
     do_eval: bool = _option(True, "evaluate")
     resume: bool = _option(False, "go on from the last checkpoint in output_dir")
 
+
+LEARNING_RATES = {
+    "hyperadalora": 5e-4, "hypernet": 1e-4, "adalora": 1e-2, "adalora-peft": 1e-2, "lora": 3e-4,
+    "full": 2e-5,
+}  # fmt: skip
+"""By method; "hypernet" is hyperadalora with --hypernet."""
 
 _USAGE = "hal-finetune --model MODEL (--dataset NAME | --train-file FILE) [--method …] [options]"
 Options = tuple[DataOptions, MethodOptions, RunOptions]
@@ -132,6 +138,9 @@ def parse(argv: list[str]) -> Options:
     from_file = [] if before.config is None else arguments_of(Path(before.config))
     namespace = parser.parse_args([*from_file, *argv])
     values = vars(namespace)
+    if values["learning_rate"] is None:
+        generated = values["method"] == "hyperadalora" and values["hypernet"] is not None
+        values["learning_rate"] = LEARNING_RATES["hypernet" if generated else values["method"]]
 
     def made(kind: Any) -> Any:
         return kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
