@@ -18,7 +18,7 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-from hal_finetune.plots import running_mean
+from examples.demo.task import running_mean
 
 from .convergence import WINDOW
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # examples are no installed package
 
 import examples.demo.__main__ as demo  # noqa: E402
 from examples.demo import stdlib_corpus  # noqa: E402
-from examples.demo.task import accuracy, training_batches  # noqa: E402
+from examples.demo.task import accuracy, running_mean, training_batches  # noqa: E402
 from hal_finetune.options import OptionsError  # noqa: E402
 
 
@@ -139,6 +139,10 @@ def test_training_batches_of_fewer_rows_than_a_batch():
     rows = [{"input_ids": [1], "labels": i} for i in range(3)]
     (batch,) = training_batches(_PadToLongest(), rows, 8, 1, seed=0)
     assert batch["labels"].shape == (8,) and set(batch["labels"].tolist()) == {0, 1, 2}
+
+
+def test_running_mean_is_shorter_at_the_start():
+    assert running_mean([4.0, 2.0, 3.0, 7.0], 2) == [4.0, 3.0, 2.5, 5.0]
 
 
 # -- the whole -------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from hal_finetune.report import LABELS
 from hal_kernels.integration import saved_module_names
 
 from . import stdlib_corpus
-from .task import accuracy, collate, packaged_model, training_batches
+from .task import accuracy, collate, packaged_model, running_mean, training_batches
 
 METHODS = ("hyperadalora", "adalora-peft")
 WINDOW = 10  # steps of a mean of the loss
@@ -276,7 +276,8 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 def write(results: Sequence[dict[str, Any]], out: Path) -> None:
     """metrics.json, loss.png, and ranks-….png of each method."""
     (out / "metrics.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plot_losses({r["method"]: r["losses"] for r in results}, out / "loss.png", window=WINDOW)
+    means = {r["method"]: running_mean(r["losses"], WINDOW) for r in results}
+    plot_losses(means, out / "loss.png", every=1, mean_of=WINDOW)
     for name, result in zip(METHODS, results, strict=True):
         path = out / f"ranks-{name}.png"
         plot_ranks(result["method"], result["ranks_before"], result["ranks_after"], path)

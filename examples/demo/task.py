@@ -6,6 +6,7 @@ import importlib.util
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -84,3 +85,8 @@ def accuracy(
         correct += int((model(**batch).logits.argmax(-1) == labels).sum())
     model.train(was_training)
     return correct / len(rows)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place (of fewer at the start)."""
+    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]

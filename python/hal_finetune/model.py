@@ -194,17 +194,10 @@ def adapt(
 
 def hal_config(options: MethodOptions, total_steps: int, seed: int) -> hal_kernels.HALConfig:
     """The options of `hal_kernels.patch_model`."""
-    values: dict[str, Any] = {
-        "rank": options.rank,
-        "init_rank": options.init_rank,
-        "targets": options.target_modules or "all-linear",
-        "alpha": options.alpha,
-        "dropout": options.dropout,
-        "gamma": options.gamma,
-        "interval": options.interval,
-        "total_step": total_steps,
-        "seed": seed,
-    }
+    same = ("rank", "init_rank", "alpha", "dropout", "gamma", "interval")
+    values: dict[str, Any] = {name: getattr(options, name) for name in same}
+    values |= {"targets": options.target_modules or "all-linear"}
+    values |= {"total_step": total_steps, "seed": seed}
     if options.method == "hyperadalora":
         values |= {"hypernet": options.hypernet, "update": options.update}
     elif options.method in ("adalora", "adalora-peft"):

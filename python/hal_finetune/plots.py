@@ -18,31 +18,23 @@ _DPI = 150
 _STYLES = (("#0b5394", "-"), ("#c55a11", "--"), ("#38761d", "-."), ("#444444", ":"))
 
 
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each place (of fewer at the start)."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
-    return list((sums[ends] - sums[starts]) / (ends - starts))
-
-
 def plot_losses(
-    losses: Mapping[str, Sequence[float]], path: Path, *, window: int = 1, every: int = 1
+    losses: Mapping[str, Sequence[float]], path: Path, *, every: int, mean_of: int
 ) -> None:
-    """Write the training loss of each run as a running mean, one line a run, to a PNG.
+    """Write the training loss of each run, one line a run, to a PNG.
 
     Args:
-        losses: run -> values, each the mean of `every` optimizer steps.
+        losses: run -> values, one after every so many optimizer steps.
         path: of the PNG.
-        window: values that the running mean takes.
         every: optimizer steps between two values.
+        mean_of: optimizer steps that a value is the mean of.
     """
     figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
     for (label, values), (color, style) in zip(losses.items(), _STYLES, strict=False):
         steps = every * np.arange(1, len(values) + 1)
-        axes.plot(steps, running_mean(values, window), style, color=color, label=label)
+        axes.plot(steps, values, style, color=color, label=label)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(f"training loss (nats, mean of {window * every} steps)")
+    axes.set_ylabel(f"training loss (nats, mean of {mean_of} steps)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

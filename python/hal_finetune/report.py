@@ -42,7 +42,8 @@ def write(
     if logged:
         # The last entry may end a shorter interval than the others.
         losses = [entry.get("task_loss", entry["loss"]) for entry in logged]
-        plot_losses({label: losses}, out / "loss.png", every=logged[0]["step"])
+        every = logged[0]["step"]
+        plot_losses({label: losses}, out / "loss.png", every=every, mean_of=every)
     if ranks_before:
         plot_ranks(label, ranks_before, results["ranks"], out / "ranks.png")
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -37,6 +37,13 @@ from .model import HyperAdaLoraModel
 from .names import is_named
 from .state import LAYERS, PROGRESS, REST, State, by_layer, expect_others
 
+SHARED = (
+    "task_type", "base_model_name_or_path", "revision", "modules_to_save", "lora_dropout",
+    "beta1", "beta2",
+)  # fmt: skip
+SCHEDULE = ("init_r", "tinit", "tfinal", "total_step")
+"""Options that both methods have by the same name; those of a run are not exported."""
+
 RANK_OFFSET = 1e-5
 """What AdaLoRA adds to the rank that divides its scaling."""
 
@@ -174,20 +181,15 @@ def export_adalora(
     for key, saved in tuner.saved_modules(name).items():
         tensors |= {f"{LAYERS}{key}.{k}": v for k, v in saved.items()}
     theirs = peft.AdaLoraConfig(
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
+        **{name: getattr(config, name) for name in SHARED},
         inference_mode=True,
         target_modules=exact_targets(tuner.model, list(layers)),
-        modules_to_save=config.modules_to_save,
         fan_in_fan_out=not tuner.transposed.isdisjoint(layers),
         lora_alpha=scaling * (init_r + RANK_OFFSET),  # type: ignore[arg-type]
-        lora_dropout=config.lora_dropout,
         init_r=init_r,
         target_r=config.r,
         total_step=max(adapter.steps, 1),
         deltaT=config.interval or 100,  # as in a long run
-        beta1=config.beta1,
-        beta2=config.beta2,
         orth_reg_weight=config.gamma,
         rank_pattern=pattern,
     )
@@ -264,16 +266,11 @@ def _config(theirs: Any, factors: Mapping[str, State], *, is_trainable: bool) ->
     )
     dtype = next(iter(factors.values()))["p"].dtype
     return HyperAdaLoraConfig(
-        task_type=theirs.task_type,
-        base_model_name_or_path=theirs.base_model_name_or_path,
-        revision=theirs.revision,
+        **{name: getattr(theirs, name) for name in (*SHARED, *SCHEDULE)},
         inference_mode=not is_trainable,
         r=theirs.target_r,
-        init_r=theirs.init_r,
         target_modules="|".join(re.escape(name) for name in factors),
         lora_alpha=scaling * theirs.target_r,
-        lora_dropout=theirs.lora_dropout,
-        modules_to_save=theirs.modules_to_save,
         dtype="float64" if dtype == torch.float64 else "float32",
         hypernet="direct",
         gamma=theirs.orth_reg_weight,
@@ -281,9 +278,4 @@ def _config(theirs: Any, factors: Mapping[str, State], *, is_trainable: bool) ->
         allocation="ema",
         schedule="cubic",
         interval=theirs.deltaT,
-        tinit=theirs.tinit,
-        tfinal=theirs.tfinal,
-        total_step=theirs.total_step,
-        beta1=theirs.beta1,
-        beta2=theirs.beta2,
     )

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from hal_kernels import HALLinear
-from hal_kernels.integration import HyperAdapter, LayerSlot, adapted_class, linear_widths
+from hal_kernels.integration import LayerSlot, adapted_class, linear_widths
 from hal_kernels.ops import svd_adapter_add, svd_linear
 
 from .quantized import dequantize, is_quantized, requantize, restore
@@ -266,7 +266,9 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         """PEFT's call after loading onto the meta device. The adapter keeps its own dtype."""
         adapter = self._slots[adapter_name].adapter if adapter_name in self._slots else None
         target = device or self.weight.device
-        if adapter is not None and not holds_meta(adapter) and target.type != "meta":
+        if adapter is None or target.type == "meta":
+            return
+        if not any(parameter.is_meta for parameter in adapter.parameters()):  # yet to be loaded
             adapter.to(target)
 
     def extra_repr(self) -> str:
@@ -277,11 +279,6 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
 def _is_foreign(base: nn.Module) -> bool:
     """Whether a linear layer computes by a forward of its own (quantized, or a subclass)."""
     return not isinstance(base, Conv1D) and adapted_class(base) is not HALLinear
-
-
-def holds_meta(adapter: HyperAdapter) -> bool:
-    """Whether the adapter has parameters whose values are still to be loaded."""
-    return any(parameter.is_meta for parameter in adapter.parameters())
 
 
 def _beside(x: torch.Tensor, factors: Factors) -> Factors:
