@@ -169,7 +169,7 @@ import torch
 from hal_kernels.kernels.configs import DEFAULT, shipped
 print(min((shipped(0) if torch.cuda.is_available() else DEFAULT).svd))') &&
     "$PYTHON" -m hal_kernels.tune --quick --output "$OUT/tuned.json" ${DRY:+--dry-run} \
-      --only "svd.$ranks".{shrink,dy,x} slots.few.factors
+      --only "svd.$ranks".{shrink,dy,x} penalty.16.residual
 }
 
 part_launches() {

@@ -37,8 +37,8 @@ BUDGET = {
     "adapter backward, a layer": 3,
     "penalty forward": 2,
     "penalty backward": 1,
-    "hypernetworks forward": 8,
-    "hypernetworks backward": 16,
+    "hypernetworks forward": 48,
+    "hypernetworks backward": 80,
     "importance and allocation": 6,
 }
 SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"}
