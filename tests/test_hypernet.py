@@ -286,6 +286,26 @@ def test_paper_sizes(monkeypatch):
     assert {c.out_channels for c in convolutions} == {64, 128, 256}
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_hidden(tmp_path, norm_first):
+    """Another width, with 4 heads and 4 times as wide an inner layer: trained, saved and loaded."""
+    model = patched(hypernet="bert", hidden=8, norm_first=norm_first)
+    body = model.hal.hypernet.body
+    assert (body.heads, body.qkv_weight.shape, body.up_weight.shape) == (4, (3, 24, 8), (3, 32, 8))
+    assert model.hal.hypernet.lam_embedding.shape[1] == 8
+    data = [models.batch(model, 16)] * 2
+    losses = train(model, adam(model), data)
+    assert losses[1] < losses[0]
+    hal_kernels.save_adapter(model, tmp_path)
+    loaded = hal_kernels.load_adapter(models.net(), tmp_path)
+    assert loaded.hal.config.hidden == 8
+    assert_equal(state(loaded), state(model))
+    assert train(loaded, adam(loaded), data) == train(model, adam(model), data)
+    other = patched(hypernet="bert", norm_first=norm_first)
+    with lifecycle.unchanged(other), pytest.raises(ValueError, match=r"hidden=8; .*, None$"):
+        hal_kernels.load_adapter(other, tmp_path)
+
+
 # ---- seeds -------------------------------------------------------------------------------------
 
 

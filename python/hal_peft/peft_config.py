@@ -21,8 +21,8 @@ class HyperAdaLoraType(str, enum.Enum):  # noqa: UP042 (str() as PEFT's own Peft
 
 
 HAL_OPTIONS = (
-    "hypernet", "norm_first", "update", "init", "offsets", "gamma", "penalty", "allocation",
-    "schedule", "interval", "prune_per_interval", "tinit", "tfinal", "total_step",
+    "hypernet", "norm_first", "hidden", "update", "init", "offsets", "gamma", "penalty",
+    "allocation", "schedule", "interval", "prune_per_interval", "tinit", "tfinal", "total_step",
     "beta1", "beta2", "seed", "skip_nonfinite", "rank_pattern", "alpha_pattern",
 )  # fmt: skip
 """Fields that `HALConfig` has by the same name."""
@@ -52,8 +52,8 @@ class HyperAdaLoraConfig(PeftConfig):
         alpha_pattern: lora_alpha of single layers.
         dtype: of factors and hypernetworks: "float32", "float64" or "bfloat16". They keep it
             whatever the base model's is, unless autocast_adapter_dtype=False asks for that.
-        hypernet, norm_first, update, init, offsets, gamma, penalty, allocation, schedule,
-            interval, prune_per_interval, tinit, tfinal, total_step, beta1, beta2, seed,
+        hypernet, norm_first, hidden, update, init, offsets, gamma, penalty, allocation,
+            schedule, interval, prune_per_interval, tinit, tfinal, total_step, beta1, beta2, seed,
             skip_nonfinite: as for `hal_kernels.HALConfig`.
 
     Raises:
@@ -92,6 +92,9 @@ class HyperAdaLoraConfig(PeftConfig):
     )
     norm_first: bool = field(
         default=False, metadata={"help": "'bert': LayerNorm before each part instead of after."}
+    )
+    hidden: int | None = field(
+        default=None, metadata={"help": "'bert': hidden width; None: the paper's 312."}
     )
     update: str = field(
         default="anchor", metadata={"help": "'anchor', 'replace', 'residual' or 'spectral'."}
