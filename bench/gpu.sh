@@ -169,7 +169,7 @@ import torch
 from hal_kernels.kernels.configs import architecture_of
 print(min(architecture_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")).svd))') &&
     "$PYTHON" -m tools.tune --quick ${DRY:+--dry-run} \
-      --only "svd.$ranks".{shrink,dy,x} slots.few.factors
+      --only "svd.$ranks".{shrink,dy,x} penalty.16.residual
 }
 
 part_launches() {

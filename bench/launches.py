@@ -38,8 +38,8 @@ BUDGET = {
     "adapter backward, a layer": 3,
     "penalty forward": 2,
     "penalty backward": 1,
-    "hypernetworks forward": 8,
-    "hypernetworks backward": 16,
+    "hypernetworks forward": 48,
+    "hypernetworks backward": 80,
     "importance and allocation": 6,
     "spectral step": 10,
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -197,111 +197,6 @@ def penalty_case(matrices: int, r: int, d: int, device: torch.device) -> Case:
     )
 
 
-def hypernet_case(matrices: int, r: int, device: torch.device, *, norm_first: bool = False) -> Case:
-    from hal_kernels.nn.hypernet import HEADS, HIDDEN, INNER, SETS, BertBody
-
-    body = BertBody().to(device)
-    inputs = dict(body.named_parameters()) | {
-        "tokens": normal(SETS, matrices, r, HIDDEN, dtype=torch.float32, device=device)
-    }
-    inputs = {name: t.detach() for name, t in inputs.items()}
-    keys = torch.ones(SETS, matrices, r, dtype=torch.bool, device=device)
-
-    def call(function: Callable[..., torch.Tensor]) -> Function:
-        def run(i: Inputs) -> torch.Tensor:
-            weights = {n: t for n, t in i.items() if n != "tokens"}
-            return function(i["tokens"], keys, weights, heads=HEADS, norm_first=norm_first)
-
-        return run
-
-    sizes = traffic.Hypernet(SETS, matrices, r, HIDDEN, INNER, HEADS, norm_first=norm_first)
-    return Case(
-        "hypernet_layer",
-        f"3 × {matrices} matrices r={r}{' norm_first' * norm_first}",
-        call(ops.hypernet_layer),
-        call(ops.hypernet_layer_reference),
-        inputs,
-        sizes.forward() + sizes.backward(),
-    )
-
-
-def maps_cases(layers: Sequence[tuple[int, int]], r: int, device: torch.device) -> Iterator[Case]:
-    """From the factors of layers (d_in, d_out) to tokens, and back."""
-    from hal_kernels.nn.hypernet import HIDDEN
-    from hal_kernels.nn.layout import LayerSpec, Layout
-
-    layout = Layout([LayerSpec(f"layer {i}", *sides, r, r, 1.0) for i, sides in enumerate(layers)])
-
-    def indices(*values: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.tensor(v, dtype=torch.int64, device=device) for v in values)
-
-    slots = ops.Slots(
-        indices(layout.p.rows, layout.q.rows),  # type: ignore[arg-type]
-        indices(layout.p.offsets, layout.offsets, layout.q.offsets),  # type: ignore[arg-type]
-        (layout.p.counts, layout.q.counts),
-        (layout.p.sizes, layout.q.sizes),
-        layout.max_rank,
-    )
-    p, q = ([(n, g.width) for n, g in zip(side.sizes, side.groups, strict=True)]
-            for side in (layout.p, layout.q))  # fmt: skip
-    maps = traffic.Maps((*p, *q), layout.rows, 3 * len(layers) * r, HIDDEN)
-    shapes: list[tuple[int, ...]] = [*p, (layout.rows,), *q]
-
-    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return normal(*shape, dtype=torch.float32, device=device, scale=scale)
-
-    def numbered(name: str, tensors: Iterable[torch.Tensor]) -> Inputs:
-        return {f"{name}{i}": t for i, t in enumerate(tensors)}
-
-    def lists(i: Inputs, *names: str) -> list[list[torch.Tensor]]:
-        return [[i[f"{name}{n}"] for n in range(len(shapes))] for name in names]
-
-    factors = numbered("factor", (random(*shape, scale=shape[-1] ** -0.5) for shape in shapes))
-    widths = [shape[1] if len(shape) > 1 else 1 for shape in shapes]
-    size = f"{len(layers)} layers r={r}"
-
-    def into(function: Callable[..., Any]) -> Function:
-        def run(i: Inputs) -> Outputs:
-            given, weights, biases = lists(i, "factor", "weight", "bias")
-            out: torch.Tensor
-            out, _ = function(given, i["mask"], weights, biases, i["embedding"], slots)
-            return out
-
-        return run
-
-    yield Case(
-        "hypernet_tokens",
-        size,
-        into(ops.hypernet_tokens),
-        into(ops.hypernet_tokens_reference),
-        {"embedding": random(layout.rows, HIDDEN), "mask": random(layout.rows), **factors}
-        | numbered("weight", (random(HIDDEN, d, scale=d**-0.5) for d in widths))
-        | numbered("bias", (random(HIDDEN) for _ in widths)),
-        maps.tokens() + maps.tokens_backward(),
-        ("factor", "mask"),
-    )
-
-    def back(function: Callable[..., Any]) -> Function:
-        def run(i: Inputs) -> Outputs:
-            weights, biases, base = lists(i, "weight", "bias", "factor")
-            out: list[torch.Tensor] = function(i["tokens"], weights, biases, slots, base)
-            return out
-
-        return run
-
-    yield Case(
-        "hypernet_factors",
-        size,
-        back(ops.hypernet_factors),
-        back(ops.hypernet_factors_reference),
-        {"tokens": random(3, len(layers), r, HIDDEN), **factors}
-        | numbered("weight", (random(d, HIDDEN, scale=HIDDEN**-0.5) for d in widths))
-        | numbered("bias", (random(d) for d in widths)),
-        maps.factors_of() + maps.token_gradient() + maps.weight_gradient(),
-        ("factor",),
-    )
-
-
 def allocation_cases(rows: int, d: int, device: torch.device) -> Iterator[Case]:
     """Moving averages, scores, and the smallest of them; nothing of it has a gradient."""
     shapes = ((rows, d), (rows,), (rows, d))
@@ -373,12 +268,6 @@ def cases(device: torch.device, quick: bool, check: bool) -> Iterator[Case]:
     bf16, fp32 = torch.bfloat16, torch.float32
     small = check or quick
     yield penalty_case(5 if small else 144, 5, 37 if small else 768, device)
-    for norm_first in (False, True):
-        yield hypernet_case(3 if small else 72, 5, device, norm_first=norm_first)
-    if not small:
-        yield hypernet_case(224, 16, device)
-    block = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
-    yield from maps_cases([(37, 29), (37, 48), (48, 29)] if small else 12 * block, 5, device)
     yield from allocation_cases(77 if small else 1152, 37 if small else 768, device)
     if check:
         for dtype in (fp32, bf16):

@@ -261,15 +261,15 @@ def _taken(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
 def _expect_same_kind(adapter: HyperAdapter, loaded: HyperAdapter, saved: list[str]) -> None:
     if (
         adapter.config.hypernet != loaded.config.hypernet
-        or adapter.norm_first != loaded.norm_first
+        or adapter.body_options != loaded.body_options
         or set(adapter.state_dict()) != set(loaded.state_dict())
     ):
         raise ValueError(
             f"the checkpoint was made with hypernet={loaded.config.hypernet!r}, "
             f"update={loaded.config.update!r}, allocation={loaded.config.allocation!r}, "
-            f"norm_first={loaded.config.norm_first}; the model was patched with "
-            f"{adapter.config.hypernet!r}, {adapter.config.update!r}, "
-            f"{adapter.config.allocation!r}, {adapter.config.norm_first}"
+            f"norm_first={loaded.config.norm_first}, hidden={loaded.config.hidden}; the model was "
+            f"patched with {adapter.config.hypernet!r}, {adapter.config.update!r}, "
+            f"{adapter.config.allocation!r}, {adapter.config.norm_first}, {adapter.config.hidden}"
             + (": load_adapter(..., update='spectral') switches" if adapter.config.spectral else "")
         )
     if adapter.lam.dtype != loaded.lam.dtype:

@@ -42,6 +42,9 @@ class HALConfig:
             that is a hypernetwork's, else "direct".
         norm_first: LayerNorm before attention and before the inner layer (pre-LN) instead of after
             each (post-LN, the paper's). Unused by all but "bert".
+        hidden: hidden width of "bert". None: the paper's 312, with 12 attention heads and an inner
+            layer of 1200. Else a multiple of 4: there are 4 heads then, and the inner layer is 4
+            times as wide. Raises with any other `hypernet`.
         update: how the factors move. "spectral": by steps of unit spectral norm along the matrices
             of rank r (`ops.spectral_step_`), which keep P and Q orthonormal, at the learning rate
             of the optimizer that holds them; that optimizer keeps no moments of them. Or how a
@@ -84,6 +87,7 @@ class HALConfig:
     modules_to_save: str | Sequence[str] | None = AUTO
     hypernet: str | None = None
     norm_first: bool = False
+    hidden: int | None = None
     update: str | None = None
     alpha: float = 8.0
     rank_pattern: Mapping[str, int] | None = dataclasses.field(default=None, hash=False)
@@ -126,6 +130,8 @@ class HALConfig:
         _expect_choice("hypernet", self.hypernet, HYPERNETS)
         if self.spectral:
             self._expect_spectral()
+        if self.hidden is not None:
+            self._expect_hidden()
         _expect_choice("penalty", self.penalty, PENALTIES)
         _expect_choice("allocation", self.allocation, ALLOCATIONS)
         _expect_choice("schedule", self.schedule, SCHEDULES)
@@ -161,6 +167,17 @@ class HALConfig:
                 raise TypeError(f"{name} is {getattr(self, name)!r}, expected a bool")
         if self.dtype not in DTYPES.values():
             raise ValueError(f"dtype is {self.dtype}, expected one of {list(DTYPES.values())}")
+
+    def _expect_hidden(self) -> None:
+        """Raise TypeError or ValueError unless the hypernetwork may be that wide."""
+        if self.hypernet != "bert":
+            raise ValueError(
+                f"hidden is {self.hidden!r}, expected None with hypernet={self.hypernet!r}: "
+                "only 'bert' has a width to choose"
+            )
+        _expect_int("hidden", self.hidden, 4)
+        if self.hidden % 4:  # type: ignore[operator]
+            raise ValueError(f"hidden is {self.hidden}, expected a multiple of its 4 heads")
 
     def _expect_spectral(self) -> None:
         """Raise ValueError for what has no meaning where factors take spectral steps."""

@@ -257,7 +257,7 @@ def made_up_rows(add):
             scores = {"bleu4": score + seed, "rouge1": 10.0}
             add("quality", text_run | {"method": method, "seed": seed, "scores": scores})
     times = {"hal": {"median_us": 5.0}}
-    operator = {"operator": "made_up", "size": "r=3", "times": times, "floor_share": 0.5}
+    operator = {"operator": "svd_linear", "size": "r=3", "times": times, "floor_share": 0.5}
     add("operators", operator | {"errors": {"hal": 1e-7}})
 
 

@@ -83,10 +83,24 @@ OPTIONS = [
     ("dtype", "float32", ValueError, r"dtype is '?float32'?, expected one of \[torch\.float32"),
     ("dtype", None, ValueError, r"dtype is None, expected one of"),
     ("norm_first", 1, TypeError, r"norm_first is 1, expected (a )?bool"),
+    ("hidden", 0, ValueError, LEAST.format("hidden", 0, 4)),
+    ("hidden", -8, ValueError, LEAST.format("hidden", -8, 4)),
+    ("hidden", 66, ValueError, r"hidden is 66, expected a multiple of its 4 heads"),
+    ("hidden", 64.0, TypeError, INT.format("hidden", r"64\.0")),
+    ("hidden", True, TypeError, INT.format("hidden", "True")),
     ("skip_nonfinite", "no", TypeError, r"skip_nonfinite is 'no', expected (a )?bool"),
 ]
 
 TOGETHER = [
+    *(
+        (options | {"hidden": 64}, r"hidden is 64, expected None with hypernet='(mlp|cnn|direct)'")
+        for options in (
+            {"hypernet": "mlp"},
+            {"hypernet": "cnn"},
+            {"hypernet": "direct"},
+            {"update": "spectral"},
+        )
+    ),
     ({"schedule": "cubic"}, r"total_step is None, expected a number of steps \(schedule="),
     (
         {"schedule": "cubic", "total_step": 10, "tinit": 6, "tfinal": 4},

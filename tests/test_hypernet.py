@@ -4,6 +4,7 @@ import lifecycle
 import models
 import pytest
 import torch
+from hypernet_reference import encoder_layer
 from torch import nn
 from training import (
     adam,
@@ -16,8 +17,6 @@ from training import (
 )
 
 import hal_kernels
-from hal_kernels.nn import hypernet as nn_hypernet
-from hal_kernels.ops.hypernet_layer import hypernet_layer_reference
 
 ARCHITECTURES = ["bert", "mlp", "cnn"]
 ORDERS = [*((h, False) for h in ARCHITECTURES), ("bert", True)]  # of LayerNorm: norm_first
@@ -148,10 +147,7 @@ def body_of(hypernet, which, tokens, mask):
     """One of the three bodies (0: P, 1: Λ, 2: Q) on the tokens ``[r, H]`` of one matrix."""
     body = hypernet.body
     if hasattr(body, "qkv_weight"):
-        weights = {n: p[which : which + 1] for n, p in body.named_parameters()}
-        keys = (mask > 0)[None, None]
-        options = {"heads": nn_hypernet.HEADS, "norm_first": body.norm_first}
-        return hypernet_layer_reference(tokens[None, None], keys, weights, **options)[0, 0]
+        return encoder_layer(body, which, tokens, mask > 0)
     net = body.sets[which]
     return net(tokens) if isinstance(net[0], nn.Linear) else net(tokens[:, None])
 
@@ -242,9 +238,10 @@ def test_one_generation_serves_every_layer_and_micro_batch(hypernet):
             assert all(torch.equal(a, b) for a, b in zip(f[:4], before[name][:4], strict=True))
 
 
-def test_pruned_directions_do_not_influence_kept_ones():
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_pruned_directions_do_not_influence_kept_ones(norm_first):
     """What a pruned row holds is irrelevant, in generation as well: compact may drop it."""
-    model = patched(models.bert, hypernet="bert")
+    model = patched(models.bert, hypernet="bert", norm_first=norm_first)
     train(model, adam(model), batches(model, 2))
     adapter = model.hal
     with torch.no_grad():
@@ -275,6 +272,26 @@ def test_paper_sizes(monkeypatch):
     convolutions = [m for m in cnn.sets[0].modules() if isinstance(m, nn.Conv1d)]
     assert sum(c.kernel_size[0] > 1 for c in convolutions) == 17  # and one linear layer: 18
     assert {c.out_channels for c in convolutions} == {64, 128, 256}
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_hidden(tmp_path, norm_first):
+    """Another width, with 4 heads and 4 times as wide an inner layer: trained, saved and loaded."""
+    model = patched(hypernet="bert", hidden=8, norm_first=norm_first)
+    body = model.hal.hypernet.body
+    assert (body.heads, body.qkv_weight.shape, body.up_weight.shape) == (4, (3, 24, 8), (3, 32, 8))
+    assert model.hal.hypernet.lam_embedding.shape[1] == 8
+    data = [models.batch(model, 16)] * 2
+    losses = train(model, adam(model), data)
+    assert losses[1] < losses[0]
+    hal_kernels.save_adapter(model, tmp_path)
+    loaded = hal_kernels.load_adapter(models.net(), tmp_path)
+    assert loaded.hal.config.hidden == 8
+    assert_equal(state(loaded), state(model))
+    assert train(loaded, adam(loaded), data) == train(model, adam(model), data)
+    other = patched(hypernet="bert", norm_first=norm_first)
+    with lifecycle.unchanged(other), pytest.raises(ValueError, match=r"hidden=8; .*, None$"):
+        hal_kernels.load_adapter(other, tmp_path)
 
 
 # ---- seeds -------------------------------------------------------------------------------------

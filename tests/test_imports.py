@@ -16,9 +16,6 @@ ABOVE = {  # who may not be imported
 }
 # Kernels that still call their operator's default implementation. Nothing is to be added here.
 ALLOWED = [
-    {"kernels.hypernet_factors", "ops.hypernet_factors"},
-    {"kernels.hypernet_layer", "ops.hypernet_layer"},
-    {"kernels.hypernet_tokens", "ops.hypernet_tokens"},
     {"kernels.svd_adapter", "kernels.svd_adapter_add", "ops.svd_adapter_add"},
     {"kernels.svd_linear", "ops.svd_linear"},
     {"kernels.svd_linear_group", "ops.svd_linear_group"},

@@ -303,7 +303,10 @@ def test_other_head(saved):
     ],
 )
 def test_other_kind_of_adapter(options, saved):
-    message = r"made with hypernet='direct', update='anchor', allocation='ema', norm_first=False; "
+    message = (
+        r"made with hypernet='direct', update='anchor', allocation='ema', norm_first=False, "
+        r"hidden=None; "
+    )
     misfit(patched(init_rank=3, **options), saved[1], message)
 
 
@@ -315,9 +318,8 @@ def test_norm_first(tmp_path):
         loaded = load_adapter(target, tmp_path)
         assert loaded.hal.config.norm_first and loaded.hal.hypernet.body.norm_first
         assert torch.equal(predict(loaded), predict(model))
-    misfit(
-        patched(hypernet="bert"), tmp_path, r"norm_first=True; the model was patched with .*, False"
-    )
+    message = r"norm_first=True, hidden=None; the model was patched with .*, False, None"
+    misfit(patched(hypernet="bert"), tmp_path, message)
 
 
 def test_layers_that_cannot_be_adapted(saved):

@@ -11,9 +11,6 @@ import torch
 
 from hal_kernels.kernels import (
     dropout,
-    hypernet_factors,
-    hypernet_layer,
-    hypernet_tokens,
     importance_scores,
     orthogonality_penalty,
     rank_allocation,
@@ -153,9 +150,6 @@ def spectral_step_cases() -> Iterator[Case]:
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "dropout": dropout_cases,
-    "hypernet_factors": hypernet_factors.cases,
-    "hypernet_layer": hypernet_layer.cases,
-    "hypernet_tokens": hypernet_tokens.cases,
     "importance_scores": importance_scores_cases,
     "orthogonality_penalty": orthogonality_penalty_cases,
     "rank_allocation": rank_allocation_cases,

@@ -7,36 +7,24 @@ in 16 bits and in 32.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
-from hal_kernels.kernels import (
-    hypernet_factors,
-    hypernet_layer,
-    hypernet_tokens,
-    orthogonality_penalty,
-    svd_adapter,
-    svd_linear,
-)
+from hal_kernels.kernels import orthogonality_penalty, svd_adapter, svd_linear
 from hal_kernels.kernels.configs import Architecture, Tile, architecture_of, using
-from hal_kernels.ops.hypernet_layer import _backward_default, _forward
 
-from .tiles import SIZED, sized, with_tiles
+from .tiles import with_tiles
 
 Tensors = Sequence[torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large the problems are: (T, d) of a layer, and (matrices, rank) of the hypernetworks."""
+    """How large the problems are: (T, d) of a layer, and how many layers have a penalty."""
 
     large: tuple[int, int] = (8192, 4096)
     small: tuple[int, int] = (512, 1024)
-    few: tuple[int, int] = (48, 5)
-    many: tuple[int, int] = (1200, 5)
     layers: int = 24
-    hypernet: tuple[int, int, int] = (312, 1200, 12)  # hidden, inner, heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,28 +46,11 @@ class Problem:
         return ""
 
 
-def candidate(gpu: Architecture, name: str, tile: Tile) -> Architecture:
-    """`gpu` with this tile; a hypernetwork's serves for any number of tokens, few and many."""
-    gpu = with_tiles(gpu, {name: tile})
-    kind, group, *_ = name.split(".")
-    if kind in SIZED:
-        both: dict[str, Any] = {kind: (sized(gpu, kind)[group],) * 2}
-        return dataclasses.replace(gpu, **both)
-    return gpu
-
-
 def problems(name: str, device: torch.device, sizes: Sizes) -> Iterator[Problem]:
     """What the tile `name` is measured on; `svd.16.shrink` and so on, as in `tiles.tiles_of`."""
     kind, group, kernel, *number = name.split(".")
     for dtype in (torch.bfloat16, torch.float32):
-        if kind in SIZED:
-            matrices, rank = sizes.few if group == "few" else sizes.many
-            if kind == "hypernet":
-                yield hypernet_problem(matrices, rank, *sizes.hypernet, dtype, device)
-            else:
-                widths = (sizes.small[1], 4 * sizes.small[1])
-                yield slots_problem(matrices, rank, sizes.hypernet[0], widths, dtype, device)
-        elif kind == "penalty":
+        if kind == "penalty":
             yield penalty_problem(kernel, sizes.layers, int(group), sizes.small[1], dtype, device)
         elif kernel == "fused":
             # The first of the tiles is for many rows, the others for few.
@@ -193,89 +164,6 @@ def penalty_problem(
     )
 
 
-def hypernet_problem(
-    matrices: int,
-    r: int,
-    hidden: int,
-    inner: int,
-    heads: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Problem:
-    """The hypernetworks' layer for P, Λ and Q, forward and backward."""
-    sets, options = 3, (heads, 1e-12, False)
-    shapes = (
-        (3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,), (hidden,), (hidden,),
-        (inner, hidden), (inner,), (hidden, inner), (hidden,), (hidden,), (hidden,),
-    )  # fmt: skip
-
-    def normal(*shape: int) -> torch.Tensor:
-        scale = shape[-1] ** -0.5 if len(shape) == 3 else 1.0
-        return (torch.randn(shape, device=device) * scale).to(dtype)
-
-    tokens, dout = normal(sets, matrices, r, hidden), normal(sets, matrices, r, hidden)
-    parameters = [normal(sets, *shape) for shape in shapes]
-    keys = torch.ones(tokens.shape[:3], dtype=torch.bool, device=device)
-
-    def run() -> Tensors:
-        out, *saved = hypernet_layer.forward(tokens, keys, parameters, *options)
-        dtokens, gradients = hypernet_layer.backward(dout, tokens, parameters, saved, *options)
-        return [out, dtokens, *gradients]
-
-    wide = [t.double() for t in (tokens, dout, *parameters)]
-    out, *saved = _forward(wide[0], keys, wide[2:], *options)
-    dtokens, gradients = _backward_default(wide[1], wide[0], wide[2:], list(saved), *options)
-    # Several roundings to `dtype` follow one another.
-    bound = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
-    return Problem(run, lambda out: out, [out, dtokens, *gradients], bound)
-
-
-def slots_problem(
-    matrices: int,
-    r: int,
-    hidden: int,
-    widths: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Problem:
-    """From factors to tokens and back, forward and backward, half of the matrices of each width."""
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(shape, device=device) * scale).to(dtype)
-
-    rows, counts = matrices * r, [matrices // 2, matrices - matrices // 2]
-    sizes, sides = [n * r for n in counts], [*widths, 1, *widths]
-    own = list(zip(sizes, widths, strict=True))
-    shapes: list[tuple[int, ...]] = [*own, (rows,), *own]  # of P, Λ and Q
-    where = [torch.arange(0, rows + 1, r, device=device)] * 3, counts, counts
-    directions = [torch.arange(rows, device=device)] * 2
-    given = {
-        "single": [normal(rows), normal(rows, hidden), *(normal(3, matrices, r, hidden),) * 2],
-        "factors": [normal(*shape) for shape in shapes],
-        "upstream": [normal(*shape) for shape in shapes],
-        "maps": [normal(hidden, d, scale=d**-0.5) for d in sides],
-        "biases": [normal(hidden) for _ in sides],
-        "maps_back": [normal(d, hidden, scale=hidden**-0.5) for d in sides],
-        "biases_back": [normal(d) for d in sides],
-    }
-
-    def results(i: dict[str, list[torch.Tensor]]) -> Tensors:
-        mask, embedding, tokens, dtokens = i["single"]
-        out, _ = hypernet_tokens.forward(
-            i["factors"], mask, i["maps"], i["biases"], embedding, directions, *where, r
-        )
-        dmaps, dbiases, dembedding = hypernet_tokens.backward(dtokens, i["factors"], *where)
-        factors = hypernet_factors.forward(
-            tokens, i["maps_back"], i["biases_back"], i["factors"], *where, sizes, sizes
-        )
-        dback, *of_back = hypernet_factors.backward(i["upstream"], tokens, i["maps_back"], *where)
-        return [out, *dmaps, *dbiases, dembedding, *factors, dback, *of_back[0], *of_back[1]]
-
-    # In float64 the default implementation computes it.
-    wide = {name: [t.double() for t in tensors] for name, tensors in given.items()}
-    return Problem(lambda: results(given), lambda out: out, results(wide), _bound(dtype))
-
-
 def seconds_per(
     gpu: Architecture,
     name: str,
@@ -285,7 +173,7 @@ def seconds_per(
 ) -> tuple[float, str]:
     """The geometric mean of the times of a tile, or infinity and why it cannot be taken."""
     logs = 0.0
-    with using(candidate(gpu, name, tile)):
+    with using(with_tiles(gpu, {name: tile})):
         for case in cases:
             try:
                 wrong = case.wrong()

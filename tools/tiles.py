@@ -15,8 +15,6 @@ LIMITS = {
     "num_stages": (1, 8),
 }
 HALVED = ("columns", "depth")
-SIZED = ("hypernet", "slots")  # of an architecture's fields: tiles for few tokens and for many
-SIZES = ("few", "many")
 
 
 def tiles_of(gpu: Architecture) -> dict[str, Tile]:
@@ -24,8 +22,6 @@ def tiles_of(gpu: Architecture) -> dict[str, Tile]:
     tiles: dict[str, Tile] = {}
     groups: dict[str, Any] = {f"svd.{rank}": group for rank, group in gpu.svd.items()}
     groups |= {f"penalty.{rank}": group for rank, group in gpu.penalty.items()}
-    for kind in SIZED:
-        groups |= {f"{kind}.{size}": group for size, group in sized(gpu, kind).items()}
     for name, group in groups.items():
         for field in dataclasses.fields(group):
             found = getattr(group, field.name)
@@ -34,11 +30,6 @@ def tiles_of(gpu: Architecture) -> dict[str, Tile]:
             else:
                 tiles |= {f"{name}.{field.name}.{i}": tile for i, tile in enumerate(found)}
     return tiles
-
-
-def sized(gpu: Architecture, kind: str) -> dict[str, Any]:
-    """The tiles of one of `SIZED`, by one of `SIZES`."""
-    return dict(zip(SIZES, getattr(gpu, kind), strict=True))
 
 
 def with_tiles(gpu: Architecture, tiles: Mapping[str, Tile]) -> Architecture:
@@ -54,15 +45,10 @@ def with_tiles(gpu: Architecture, tiles: Mapping[str, Tile]) -> Architecture:
                 fields[field.name] = tuple(tiles.get(f"{path}.{i}", t) for i, t in enumerate(found))
         return dataclasses.replace(group, **fields)
 
-    both: dict[str, Any] = {
-        kind: tuple(changed(f"{kind}.{n}", group) for n, group in sized(gpu, kind).items())
-        for kind in SIZED
-    }
     return dataclasses.replace(
         gpu,
         svd={rank: changed(f"svd.{rank}", group) for rank, group in gpu.svd.items()},
         penalty={rank: changed(f"penalty.{rank}", group) for rank, group in gpu.penalty.items()},
-        **both,
     )
 
 

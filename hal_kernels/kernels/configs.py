@@ -61,51 +61,12 @@ class PenaltyTiles:
     gradient: Tile  # R, F → RF; depth along R
 
 
-@dataclasses.dataclass(frozen=True)
-class HypernetTiles:
-    """Tiles of the hypernetwork layer for few tokens or for many."""
-
-    attention: Tile  # of one head; depth along the hidden columns. Stages are the product's
-    rows: Tile  # of all hidden columns
-    columns: Tile  # of the inner columns
-
-
-@dataclasses.dataclass(frozen=True)
-class SlotTiles:
-    """Tiles between packed factors and tokens: slots × columns of H, depth along a width."""
-
-    tokens: Tile  # slots × H, summed over a width
-    factors: Tile  # slots × a width, summed over H
-    weights: Tile  # H × a width, summed over slots
-
-
 _PENALTY = {
     16: PenaltyTiles(Tile(16, 64, 2, 4), Tile(16, 128, 4, 1, 16)),
     32: PenaltyTiles(Tile(32, 64, 4, 3), Tile(32, 64, 4, 1, 32)),
     64: PenaltyTiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 2, 32)),
     128: PenaltyTiles(Tile(128, 16, 8, 3), Tile(128, 32, 8, 2, 32)),
 }
-_HYPERNET = (
-    HypernetTiles(Tile(32, 0, 4, 2, 32), Tile(16, 0, 8, 2, 32), Tile(32, 64, 4, 3, 32)),
-    HypernetTiles(Tile(32, 0, 4, 2, 32), Tile(32, 0, 8, 2, 32), Tile(64, 64, 4, 3, 32)),
-)
-_HYPERNET_SM_100 = (
-    HypernetTiles(Tile(32, 0, 4, 2, 16), Tile(16, 0, 8, 2, 32), Tile(32, 64, 4, 3, 32)),
-    HypernetTiles(Tile(32, 0, 4, 2, 16), Tile(32, 0, 8, 2, 32), Tile(64, 64, 4, 3, 32)),
-)
-_HYPERNET_AMD = (
-    HypernetTiles(Tile(32, 0, 4, 1, 32), Tile(16, 0, 4, 1, 32), Tile(32, 64, 4, 1, 32)),
-    HypernetTiles(Tile(32, 0, 4, 1, 32), Tile(16, 0, 4, 1, 32), Tile(64, 64, 4, 1, 32)),
-)
-# For few slots and for many: a small tile leaves more programs. They fit every GPU's shared memory.
-_SLOTS = (
-    SlotTiles(Tile(16, 32, 4, 4, 64), Tile(32, 32, 4, 3, 32), Tile(32, 64, 4, 3, 64)),
-    SlotTiles(Tile(64, 64, 8, 3, 32), Tile(64, 32, 8, 3, 64), Tile(16, 64, 8, 4, 128)),
-)
-_SLOTS_AMD = (
-    SlotTiles(Tile(16, 32, 4, 1, 64), Tile(32, 32, 4, 1, 32), Tile(32, 64, 4, 1, 64)),
-    SlotTiles(Tile(64, 64, 4, 1, 32), Tile(64, 32, 4, 1, 64), Tile(32, 64, 4, 1, 64)),
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,8 +80,6 @@ class Architecture:
     matrix_rate: float  # flop per µs, 16-bit inputs
     svd: Mapping[int, SVDTiles]  # by the highest rank of each class
     penalty: Mapping[int, PenaltyTiles] = dataclasses.field(default_factory=lambda: _PENALTY)
-    hypernet: tuple[HypernetTiles, HypernetTiles] = _HYPERNET  # for few tokens, for many
-    slots: tuple[SlotTiles, SlotTiles] = _SLOTS  # likewise
     launch_us: float = 5.0  # what one more launch costs a step, host and device together
     gemm_slowdown: float = 1.2  # of a Triton GEMM over the vendor's
     prepare: bool = True  # the base GEMM adds to the adapter's output; False: the other way round
@@ -137,16 +96,6 @@ class Architecture:
     def penalty_tiles(self, rank: int) -> tuple[int, PenaltyTiles]:
         """(padded rank, tiles) of the orthogonality penalty of matrices of up to `rank` rows."""
         return next(item for item in self.penalty.items() if rank <= item[0])
-
-    def hypernet_tiles(self, tokens: int) -> HypernetTiles:
-        """The hypernetwork layer's tiles: large ones where enough programs are left."""
-        few, many = self.hypernet
-        return many if tokens >= 2 * many.rows.rows * self.multiprocessors else few
-
-    def slot_tiles(self, slots: int) -> SlotTiles:
-        """The tiles between factors and tokens: large ones where enough programs are left."""
-        few, many = self.slots
-        return many if slots >= 32 * self.multiprocessors else few
 
     def column_parts_of(self, row_blocks: int, d: int, columns: int) -> int:
         """Parts of d columns, in tiles of `columns`, so that blocks × parts fill the GPU once."""
@@ -230,10 +179,8 @@ DEFAULT = Architecture("default", 80, 0.8e6, 2.5e6, 120e6, _SMALL)
 SM_80 = Architecture("sm_80", 108, 1.7e6, 4e6, 260e6, _AMPERE)
 SM_89 = Architecture("sm_89", 128, 0.85e6, 4e6, 160e6, _SMALL)
 SM_90 = Architecture("sm_90", 132, 4.3e6, 7e6, 790e6, _HOPPER)
-SM_100 = Architecture("sm_100", 148, 6.5e6, 10e6, 1600e6, _HOPPER, hypernet=_HYPERNET_SM_100)
-GFX942 = Architecture(
-    "gfx942", 304, 4.0e6, 8e6, 600e6, _SMALL, hypernet=_HYPERNET_AMD, slots=_SLOTS_AMD
-)
+SM_100 = Architecture("sm_100", 148, 6.5e6, 10e6, 1600e6, _HOPPER)
+GFX942 = Architecture("gfx942", 304, 4.0e6, 8e6, 600e6, _SMALL)
 
 ARCHITECTURES = {a.name: a for a in (DEFAULT, SM_80, SM_89, SM_90, SM_100, GFX942)}
 

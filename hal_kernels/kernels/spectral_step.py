@@ -10,6 +10,7 @@ tuples of arguments, and nothing waits for the device. Sums are kept in float64 
 `ops.spectral_step.batched`): a few million products, which no GPU is short of.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,12 +18,20 @@ import triton
 import triton.language as tl
 
 from .launch import DTYPES, on_device_of
-from .slots import chosen, starts_of
 from .spectral_solve import solve_kernel
 
 LOWEST_RANK, HIGHEST_RANK = 8, 16
 BK = 64  # columns that `write_kernel` takes at a time
 WARPS = 8  # threads share out R × R numbers of 64 bits, and of `gram_kernel` BK times as many
+
+
+@triton.jit
+def chosen(values, entry, COUNT: tl.constexpr):
+    """The element of a tuple that belongs to `entry`."""
+    value = values[0]
+    for i in tl.static_range(1, COUNT):
+        value = tl.where(entry == i, values[i], value)
+    return value
 
 
 @triton.jit
@@ -198,6 +207,11 @@ def step_(
             starts_of(tiles), starts, BK=BK, **where,
         )  # fmt: skip
     return candidates
+
+
+def starts_of(counts: Sequence[int]) -> tuple[int, ...]:
+    """Where each of several runs begins that follow each other."""
+    return tuple(itertools.accumulate(counts[:-1], initial=0))
 
 
 def columns_of(rank: int) -> int:

@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from ..ops.hypernet_factors import hypernet_factors
-from ..ops.hypernet_layer import hypernet_layer
-from ..ops.hypernet_tokens import hypernet_tokens
-from ..ops.ragged import Slots
+from ..ops.ragged import Slots, pad_sides, padded_places, unpad_sides
 from .packed import Packed
 
 HIDDEN = 312
 HEADS = 12
 INNER = 1200
 SETS = 3  # P, Λ, Q
+EPS = 1e-12  # of the LayerNorms, as BERT's
 MLP_WIDTHS = (256,) * 8 + (512,) * 4 + (1024,) * 3
 CNN_STAGES = ((64, 2), (128, 3), (256, 3))  # channels, residual blocks
 CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
@@ -31,33 +30,83 @@ CNN_KERNEL = 9  # as many taps as ResNet's 3 × 3
 class BertBody(nn.Module):
     """One TinyBERT layer: hidden 312, 12 heads, FFN 1200, GELU, post-LayerNorm [4.1.4].
 
-    With `norm_first` pre-LayerNorm, as torch.nn.TransformerEncoderLayer has it. A stack of such
-    layers usually ends in one more LayerNorm, against what many sums add up to. This one layer has
-    none: tokens enter at unit scale, two sums later they are still near it, and the output
-    projections, which start at zero or as small, learn the scale they are given.
+    The sets of weights are a batch axis; attention runs among the tokens of one matrix:
+
+        qkv = tW_qkvᵀ + b     z = t + softmax(q·kᵀ/√d_h + keys)·v·W_oᵀ + b     n = LN₁(z)
+        out = LN₂(n + GELU(nW₁ᵀ + b)·W₂ᵀ + b)
+
+    With `norm_first` pre-LayerNorm, as torch.nn.TransformerEncoderLayer has it: each half
+    normalises what it reads, and no LayerNorm follows the sums. A stack of such layers usually ends
+    in one more LayerNorm, against what many sums add up to. This one layer has none: tokens enter
+    at unit scale, two sums later they are still near it, and the output projections, which start at
+    zero or as small, learn the scale they are given.
+
+    Only directions that are kept serve as keys: a pruned token can be dropped for good (`compact`)
+    without changing any kept one. A matrix with no kept direction attends to all of its tokens.
+
+    Args:
+        hidden: width of the tokens, a multiple of the 4 heads that there are then. None: the
+            paper's sizes.
     """
 
-    def __init__(self, norm_first: bool = False) -> None:
+    def __init__(self, norm_first: bool = False, hidden: int | None = None) -> None:
         super().__init__()
         self.norm_first = norm_first
+        width, self.heads, inner = HIDDEN, HEADS, INNER
+        if hidden is not None:
+            width, self.heads, inner = hidden, 4, 4 * hidden
         shapes = {
-            "qkv": (3 * HIDDEN, HIDDEN),
-            "out": (HIDDEN, HIDDEN),
-            "up": (INNER, HIDDEN),
-            "down": (HIDDEN, INNER),
+            "qkv": (3 * width, width),
+            "out": (width, width),
+            "up": (inner, width),
+            "down": (width, inner),
         }
         for name, shape in shapes.items():
             weight = torch.empty(SETS, *shape).normal_(std=0.02)  # BERT's initializer_range
             self.register_parameter(f"{name}_weight", nn.Parameter(weight))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(SETS, shape[0])))
         for name in ("norm1", "norm2"):
-            self.register_parameter(f"{name}_weight", nn.Parameter(torch.ones(SETS, HIDDEN)))
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(SETS, HIDDEN)))
+            self.register_parameter(f"{name}_weight", nn.Parameter(torch.ones(SETS, width)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(SETS, width)))
 
     def forward(self, tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return hypernet_layer(
-            tokens, keys, dict(self.named_parameters()), heads=HEADS, norm_first=self.norm_first
+        """Tokens ``[S, G, r, H]`` -> the same.
+
+        Args:
+            keys: ``[S, G, r]`` bool, True where a token may be attended to.
+        """
+        t = tokens.flatten(1, 2)
+        if self.norm_first:
+            t = t + self._attended(self._normed("norm1", t), keys)
+            t = t + self._transformed(self._normed("norm2", t))
+        else:
+            t = self._normed("norm1", t + self._attended(t, keys))
+            t = self._normed("norm2", t + self._transformed(t))
+        return t.view(tokens.shape)
+
+    def _attended(self, t: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        usable = keys | ~keys.any(-1, keepdim=True)
+        qkv = self._linear("qkv", t).view(
+            -1, keys.shape[-1], 3, self.heads, t.shape[-1] // self.heads
         )
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [S·G, heads, r, H/heads]
+        # For the few tokens of a matrix this takes less time than scaled_dot_product_attention.
+        scores = (query * query.shape[-1] ** -0.5) @ key.mT
+        barred = ~usable.flatten(0, 1)[:, None, None]
+        context = scores.masked_fill(barred, -math.inf).softmax(-1) @ value
+        return self._linear("out", context.transpose(1, 2).reshape(t.shape))
+
+    def _transformed(self, t: torch.Tensor) -> torch.Tensor:
+        return self._linear("down", F.gelu(self._linear("up", t)))
+
+    def _linear(self, name: str, t: torch.Tensor) -> torch.Tensor:
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        return torch.baddbmm(bias[:, None], t, weight.mT)
+
+    def _normed(self, name: str, t: torch.Tensor) -> torch.Tensor:
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        normed = F.layer_norm(t, t.shape[-1:], eps=EPS)
+        return torch.addcmul(bias[:, None], normed, weight[:, None])
 
 
 class MLPBody(nn.Module):
@@ -140,7 +189,7 @@ class Hypernetwork(nn.Module):
         rows: R, singular directions over all layers.
         zero_output: start the output projections at zero (the output is zero at first); else at the
             scale of orthonormal rows, elements of about 1/√d_w.
-        options: of the body: `norm_first` for "bert".
+        options: of the body: `norm_first` and `hidden` for "bert".
     """
 
     def __init__(
@@ -151,18 +200,19 @@ class Hypernetwork(nn.Module):
         rows: int,
         *,
         zero_output: bool,
-        **options: bool,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.p_in = nn.ModuleList(_projection(w, HIDDEN, 1.0) for w in p_widths)
-        self.q_in = nn.ModuleList(_projection(w, HIDDEN, 1.0) for w in q_widths)
-        self.lam_in = _projection(1, HIDDEN, 1.0)
-        self.lam_embedding = nn.Parameter(torch.randn(rows, HIDDEN))
+        hidden = options.get("hidden") or HIDDEN
+        self.p_in = nn.ModuleList(_projection(w, hidden, 1.0) for w in p_widths)
+        self.q_in = nn.ModuleList(_projection(w, hidden, 1.0) for w in q_widths)
+        self.lam_in = _projection(1, hidden, 1.0)
+        self.lam_embedding = nn.Parameter(torch.randn(rows, hidden))
         self.body = BODIES[architecture](**options)
-        scale = 0.0 if zero_output else 1.0 / math.sqrt(HIDDEN)
-        self.p_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in p_widths)
-        self.q_out = nn.ModuleList(_projection(HIDDEN, w, scale / math.sqrt(w)) for w in q_widths)
-        self.lam_out = _projection(HIDDEN, 1, scale * 0.05)  # near the identity, not on it
+        scale = 0.0 if zero_output else 1.0 / math.sqrt(hidden)
+        self.p_out = nn.ModuleList(_projection(hidden, w, scale / math.sqrt(w)) for w in p_widths)
+        self.q_out = nn.ModuleList(_projection(hidden, w, scale / math.sqrt(w)) for w in q_widths)
+        self.lam_out = _projection(hidden, 1, scale * 0.05)  # near the identity, not on it
 
     def forward(
         self,
@@ -174,25 +224,35 @@ class Hypernetwork(nn.Module):
         """One pass over every layer's factors.
 
         Args:
-            factors: of all layers, packed.
+            factors: of all layers, packed; state, to which no gradient goes.
             mask: ``[R]``, positive where a direction is kept; in the row order of Λ.
             slots: where all rows lie.
             base: what the output is added to, or None.
         """
-        weights, biases = _parameters(*self.p_in, self.lam_in, *self.q_in)
-        tokens, keys = hypernet_tokens(
-            factors.tensors(), mask, weights, biases, self.lam_embedding, slots
+        lam, places = len(factors.p), padded_places(slots)
+        inputs = zip(
+            (*self.p_in, self.lam_in, *self.q_in),
+            (*factors.p, factors.lam[:, None], *factors.q),
+            strict=True,
         )
-        weights, biases = _parameters(*self.p_out, self.lam_out, *self.q_out)
-        added_to = None if base is None else base.tensors()
-        return factors.like(
-            hypernet_factors(self.body(tokens, keys), weights, biases, slots, added_to)
+        rows = [project(x) for project, x in inputs]
+        rows[lam] = rows[lam] + self.lam_embedding
+        kept = mask > 0
+        keys = torch.cat([kept[slots.rows[0]], kept, kept[slots.rows[1]]])
+        tokens = self.body(
+            pad_sides(torch.cat(rows), places, slots), pad_sides(keys, places, slots)
         )
 
-
-def _parameters(*maps: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Weights and biases of linear maps that one operator applies together."""
-    return [m.weight for m in maps], [m.bias for m in maps]
+        outputs = zip(
+            (*self.p_out, self.lam_out, *self.q_out),
+            unpad_sides(tokens, places).split(slots.heights),
+            strict=True,
+        )
+        made = [project(t) for project, t in outputs]
+        made[lam] = made[lam][:, 0].clone()  # torch.compile fails where a view of it is an output
+        if base is not None:
+            made = list(torch._foreach_add(base.tensors(), made))
+        return factors.like(made)
 
 
 def _projection(inputs: int, outputs: int, std: float) -> nn.Linear:

@@ -1,6 +1,7 @@
 """The tensors of an adapter: what is trained, generated and saved."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,7 +77,7 @@ class State(nn.Module):
                 [g.width for g in layout.q.groups],
                 layout.rows,
                 zero_output=config.update != "replace",
-                **({"norm_first": True} if self.norm_first else {}),
+                **self.body_options,
             ).to(dtype)
 
     def _rows_of(self, group: Group) -> torch.Tensor:
@@ -98,9 +99,12 @@ class State(nn.Module):
         return any(parameter.grad is not None for parameter in self.parameters())
 
     @property
-    def norm_first(self) -> bool:
-        """Whether the hypernetwork is a pre-LayerNorm one: no other than "bert" has the choice."""
-        return self.config.norm_first and self.config.hypernet == "bert"
+    def body_options(self) -> dict[str, Any]:
+        """What the configuration says of the hypernetwork's body; only "bert" has a choice."""
+        config = self.config
+        if config.hypernet != "bert":
+            return {}
+        return {"norm_first": config.norm_first, "hidden": config.hidden}
 
     def packed(self, prefix: str = "") -> Packed:
         """The stored factors, or what belongs to them: "anchor_", "importance_", …"""

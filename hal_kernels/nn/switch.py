@@ -16,7 +16,7 @@ def to_spectral(adapter: HyperAdapter) -> HyperAdapter:
     """
     score = "sensitivity" if adapter.config.allocation == "ema" else adapter.config.allocation
     config = dataclasses.replace(
-        adapter.config, update="spectral", hypernet="direct", allocation=score
+        adapter.config, update="spectral", hypernet="direct", hidden=None, allocation=score
     )
     made = HyperAdapter(config, adapter.layout, adapter.mask.device)
     made.to(adapter.lam.dtype)

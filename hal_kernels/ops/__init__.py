@@ -5,9 +5,6 @@ schema.
 """
 
 from ..backends import load_native
-from .hypernet_factors import hypernet_factors, hypernet_factors_reference
-from .hypernet_layer import hypernet_layer, hypernet_layer_reference
-from .hypernet_tokens import hypernet_tokens, hypernet_tokens_reference
 from .importance_scores import importance_scores, importance_scores_reference
 from .orthogonality_penalty import orthogonality_penalty, orthogonality_penalty_reference
 from .ragged import Slots
@@ -25,12 +22,6 @@ from .svd_linear_penalty import svd_linear_penalty, svd_linear_penalty_reference
 
 __all__ = [
     "Slots",
-    "hypernet_factors",
-    "hypernet_factors_reference",
-    "hypernet_layer",
-    "hypernet_layer_reference",
-    "hypernet_tokens",
-    "hypernet_tokens_reference",
     "importance_scores",
     "importance_scores_reference",
     "orthogonality_penalty",

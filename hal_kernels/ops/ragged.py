@@ -5,7 +5,7 @@ want ``[G, max_rank, d]``. While all matrices have the same rank (before compact
 afterwards rows are gathered on the device, without a host synchronisation.
 """
 
-from collections.abc import Sequence
+import math
 from typing import NamedTuple
 
 import torch
@@ -103,23 +103,34 @@ def unpad(padded: torch.Tensor, offsets: torch.Tensor, total: int) -> torch.Tens
     return padded[matrix, row - offsets[matrix]]
 
 
-def pad_sides(rows: torch.Tensor, offsets: Sequence[torch.Tensor], max_rank: int) -> torch.Tensor:
-    """`pad` for P, Λ and Q, one after another: ``[3R, ...]`` -> ``[3, G, max_rank, ...]``."""
-    count, trailing = offsets[0].shape[0] - 1, rows.shape[1:]
-    if rows.shape[0] != 3 * count * max_rank:
-        rows = pad(rows, _joined(offsets, rows.shape[0] // 3), max_rank)
-    return rows.view(3, count, max_rank, *trailing)
+def padded_places(slots: Slots) -> torch.Tensor | None:
+    """Where the rows of P, Λ and Q, one after another, lie once padded: of ``[3·G·r]``, ``[3R]``.
+
+    None where every matrix has r rows: all stay where they are.
+    """
+    total, matrices = slots.rows[0].shape[0], slots.offsets[0].shape[0] - 1
+    if total == matrices * slots.max_rank:
+        return None
+    starts = torch.cat([offsets[:-1] for offsets in slots.offsets])
+    ranks = torch.cat([offsets.diff() for offsets in slots.offsets])
+    padded = torch.arange(3 * matrices, device=starts.device) * slots.max_rank
+    shift = (padded - starts).repeat_interleave(ranks, output_size=3 * total)
+    return torch.arange(total, device=starts.device).repeat(3) + shift
 
 
-def unpad_sides(padded: torch.Tensor, offsets: Sequence[torch.Tensor], total: int) -> torch.Tensor:
-    """The inverse of `pad_sides`; `total` is R."""
-    _, count, max_rank = padded.shape[:3]
-    if total == count * max_rank:
-        return padded.reshape(3 * total, *padded.shape[3:])
-    return unpad(padded.flatten(0, 1), _joined(offsets, total), 3 * total)
+def pad_sides(rows: torch.Tensor, places: torch.Tensor | None, slots: Slots) -> torch.Tensor:
+    """Rows of P, Λ and Q ``[3R, ...]`` -> ``[3, G, r, ...]``, zeros below each matrix's own rows.
+
+    Args:
+        places: `padded_places` of the slots.
+    """
+    shape = 3, slots.offsets[0].shape[0] - 1, slots.max_rank
+    if places is not None:
+        rows = rows.new_zeros(math.prod(shape), *rows.shape[1:]).index_copy(0, places, rows)
+    return rows.view(*shape, *rows.shape[1:])
 
 
-def _joined(offsets: Sequence[torch.Tensor], total: int) -> torch.Tensor:
-    """Offsets of P's, Λ's and Q's matrices in their rows, one after another ``[3G + 1]``."""
-    p, lam, q = offsets
-    return torch.cat([p[:-1], lam[:-1] + total, q + 2 * total])
+def unpad_sides(padded: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """The inverse of `pad_sides`."""
+    rows = padded.flatten(0, 2)
+    return rows if places is None else rows.index_select(0, places)

@@ -49,7 +49,7 @@ class HyperAdaLoraConfig(PeftConfig):
         alpha_pattern: lora_alpha of single layers.
         dtype: of factors and hypernetworks: "float32", "float64" or "bfloat16". They keep it
             whatever the base model's is, unless autocast_adapter_dtype=False asks for that.
-        hypernet, norm_first, update, gamma, penalty, allocation, schedule,
+        hypernet, norm_first, hidden, update, gamma, penalty, allocation, schedule,
             interval, prune_per_interval, tinit, tfinal, total_step, beta1, beta2, seed,
             skip_nonfinite: as for `hal_kernels.HALConfig`.
 
@@ -71,6 +71,7 @@ class HyperAdaLoraConfig(PeftConfig):
     dtype: str = "float32"
     hypernet: str | None = None
     norm_first: bool = False
+    hidden: int | None = None
     update: str | None = None
     gamma: float = 0.1
     penalty: str = "squared"

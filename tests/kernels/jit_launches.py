@@ -17,7 +17,6 @@ from triton.runtime.jit import JITFunction
 
 from hal_kernels.kernels import (
     configs,
-    hypernet_layer,
     orthogonality_penalty,
     rank_allocation,
     svd_linear,
@@ -88,18 +87,6 @@ def penalty(*groups):
     orthogonality_penalty.backward(value, factors, residuals, *rest)
 
 
-def hypernet(sets, matrices, rank, hidden, inner, heads):
-    H, D = hidden, inner
-    shapes = [(3 * H, H), (3 * H,), (H, H), *[(H,)] * 3, (D, H), (D,), (H, D), *[(H,)] * 3]
-    parameters = [torch.randn(sets, *shape) for shape in shapes]
-    tokens = torch.randn(sets, matrices, rank, H)
-    keys = torch.ones(sets, matrices, rank, dtype=torch.bool)
-    for norm_first in (False, True):
-        options = (heads, 1e-5, norm_first)
-        out, *saved = hypernet_layer.forward(tokens, keys, parameters, *options)
-        hypernet_layer.backward(out, tokens, parameters, saved, *options)
-
-
 def allocation(*sizes):
     lists = [[torch.rand(n) for n in sizes] for _ in range(4)]
     rank_allocation.update_importance(*lists, 0.85, 0.85)
@@ -124,8 +111,6 @@ def odd():
     group(300, 1, (1, 1, 1), 1)
     penalty((1, 1, 1))
     penalty((2, 1, 1), (16, 1, 16), (1, 3, 7))
-    hypernet(1, 1, 1, 1, 1, 1)
-    hypernet(2, 40, 1, 8, 12, 2)
     allocation(1)
     allocation(1024, 1, 16)
 

@@ -6,14 +6,10 @@ import importlib
 
 import pytest
 import torch
-from ops.slot_cases import LAYERS
 from ops.test_importance_scores import make as score_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hal_kernels.kernels import (
-    hypernet_factors,
-    hypernet_layer,
-    hypernet_tokens,
     importance_scores,
     orthogonality_penalty,
     rank_allocation,
@@ -24,19 +20,14 @@ from hal_kernels.kernels import (
 from tools import traffic
 from tools.traffic import Traffic
 
-from . import test_hypernet_factors, test_hypernet_tokens
 from .harness import DEVICE
 from .svd_cases import LARGE, gpu_like, make
-from .test_hypernet_layer import make as layer_inputs
 
 # Behind the functions of the same names.
-linear_op, penalty_op, layer_op, tokens_op, factors_op = (
+linear_op, penalty_op = (
     importlib.import_module(f"hal_kernels.ops.{name}")
-    for name in (
-        "svd_linear", "orthogonality_penalty", "hypernet_layer", "hypernet_tokens",
-        "hypernet_factors",
-    )
-)  # fmt: skip
+    for name in ("svd_linear", "orthogonality_penalty")
+)
 
 
 @contextlib.contextmanager
@@ -201,63 +192,6 @@ def test_bytes_of_the_penalty(dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_bytes_of_the_hypernetwork_layer(norm_first):
-    dtype = torch.bfloat16
-    sizes = traffic.Hypernet(
-        2, 13, 3, 12, 20, 3, dtype.itemsize, row_blocks=3, column_blocks=2, matrix_blocks=2,
-        norm_first=norm_first,
-    )  # fmt: skip
-    tokens, parameters = layer_inputs(
-        sizes.sets, sizes.matrices, sizes.rank, sizes.hidden, sizes.inner, dtype
-    )
-    keys = torch.ones(tokens.shape[:3], dtype=torch.bool)
-    options = (sizes.heads, 1e-5, norm_first)
-    _, *saved = hypernet_layer.forward(tokens, keys, parameters, *options)
-    found = measured(lambda: hypernet_layer.forward(tokens, keys, parameters, *options))
-    first, last = sizes.norms_forward()
-    assert found == moved(sizes.attention(), first, sizes.linear_gelu(), last)
-    found = measured(lambda: hypernet_layer.backward(tokens, tokens, parameters, saved, *options))
-    first, last = sizes.norms_backward()
-    own = [sizes.gelu_backward(), last, sizes.attention_backward(), sizes.reduce()]
-    own = [first, *own] if not norm_first else [own[0], first, own[2], last, own[3]]
-    assert found == moved(*own)
-
-
-def maps_of(factors, slots, hidden) -> traffic.Maps:
-    """The sizes of what lies between these factors and their tokens."""
-    lam = len(slots.counts[0])
-    wide = tuple(tuple(f.shape) for i, f in enumerate(factors) if i != lam)
-    count = 3 * (len(slots.offsets[0]) - 1) * slots.max_rank
-    return traffic.Maps(wide, len(factors[lam]), count, hidden, factors[lam].itemsize)
-
-
-@interpreted
-@pytest.mark.parametrize("layers", ["equal", "unequal"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_between_factors_and_tokens(dtype, layers):
-    """Of two widths a side; with unequal ranks some slots stay empty."""
-    given, slots = test_hypernet_tokens.make(LAYERS[layers], 40, dtype)
-    factors, sizes = given[0], maps_of(given[0], slots, 40)
-    where = test_hypernet_tokens.spread(slots)
-    tokens, _ = hypernet_tokens.forward(*given, *where)
-    found = measured(lambda: hypernet_tokens.forward(*given, *where))
-    found += measured(lambda: hypernet_tokens.backward(tokens, factors, *where[1:4]))
-    assert found == moved(sizes.tokens(), sizes.tokens_backward())
-    for base in (True, False):
-        (tokens, weights, biases, added), _, upstream = test_hypernet_factors.make(
-            LAYERS[layers], 40, dtype, base
-        )
-        where = test_hypernet_factors.spread(slots)
-        found = measured(
-            lambda: hypernet_factors.forward(tokens, weights, biases, added, *where)  # noqa: B023
-        )
-        assert found == moved(sizes.factors_of(base))
-    found = measured(lambda: hypernet_factors.backward(upstream, tokens, weights, *where[:3]))
-    assert found == moved(sizes.token_gradient(), sizes.weight_gradient())
-
-
-@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_of_the_scores(dtype):
     inputs = score_inputs(dtype=dtype)
@@ -302,25 +236,3 @@ def test_flops():
     assert found == traffic.penalty_residual(3, 5, 40).flops
     found = flops_of(lambda: penalty_op._backward_default(torch.ones(()), [rows], residuals, *rest))
     assert found == traffic.penalty_gradient(3, 5, 40).flops
-    tokens, parameters = layer_inputs(2, 5, 3, 12, 20, torch.float32)
-    keys = torch.ones(tokens.shape[:3], dtype=torch.bool)
-    for norm_first in (False, True):
-        sizes = traffic.Hypernet(2, 5, 3, 12, 20, 3, norm_first=norm_first)
-        more = (3, 1e-5, norm_first)
-        _, *saved = layer_op._forward(tokens, keys, parameters, *more)
-        found = flops_of(lambda: layer_op._forward(tokens, keys, parameters, *more))  # noqa: B023
-        assert found == sizes.forward().flops
-        inputs = (tokens, tokens, parameters, saved, *more)
-        found = flops_of(lambda: layer_op._backward_default(*inputs))  # noqa: B023
-        assert found == sizes.backward().flops
-    given, slots = test_hypernet_tokens.make(LAYERS["equal"], 12)
-    maps, where = maps_of(given[0], slots, 12), test_hypernet_tokens.spread(slots)
-    assert flops_of(lambda: tokens_op._forward(*given, *where)) == maps.tokens().flops
-    tokens, _ = tokens_op._forward(*given, *where)
-    found = flops_of(lambda: tokens_op._backward_default(tokens, given[0], *where[1:4]))
-    assert found == maps.tokens_backward().flops
-    inputs, _, upstream = test_hypernet_factors.make(LAYERS["equal"], 12)
-    where = test_hypernet_factors.spread(slots)
-    assert flops_of(lambda: factors_op._forward(*inputs, *where)) == maps.factors_of().flops
-    found = flops_of(lambda: factors_op._backward_default(upstream, *inputs[:2], *where[:3]))
-    assert found == (maps.token_gradient() + maps.weight_gradient()).flops

@@ -19,7 +19,7 @@ from tools.tiles import tiles_of, with_tiles
 from .harness import DEVICE
 
 ROOT = Path(__file__).parents[2]
-SMALL = Sizes((24, 64), (20, 64), (2, 3), (2, 2), 2, (16, 20, 1))
+SMALL = Sizes((24, 64), (20, 64), 2)
 
 
 def changed(gpu=SM_90):
@@ -39,7 +39,7 @@ def test_names_of_tiles(gpu):
     moved = with_tiles(gpu, changed(gpu))
     assert tiles_of(moved) == changed(gpu)
     assert all(tile != tiles[name] for name, tile in tiles_of(moved).items())
-    assert {name.split(".")[0] for name in tiles} == {"svd", "penalty", "hypernet", "slots"}
+    assert {name.split(".")[0] for name in tiles} == {"svd", "penalty"}
 
 
 def test_neighbours():
@@ -51,7 +51,7 @@ def test_neighbours():
     ]  # fmt: skip
     assert found == [dataclasses.replace(tile, **step) for step in steps]
     # A field that a kernel does not use stays zero, and a penalty's rows are the class of ranks.
-    assert {t.columns for t in tune.neighbours("hypernet.few.rows", Tile(16, 0, 8, 2, 32))} == {0}
+    assert {t.depth for t in tune.neighbours("svd.16.shrink", Tile(16, 64, 8, 2))} == {0}
     assert {t.rows for t in tune.neighbours("penalty.64.residual", Tile(64, 32, 4, 3))} == {64}
     assert all(t.columns >= 32 for t in tune.neighbours("svd.16.dy", Tile(64, 32, 4, 3)))
 
@@ -93,7 +93,7 @@ def test_every_tile_has_problems_that_its_kernel_solves():
     """In 16 and in 32 bits, and with a neighbouring tile."""
     timed = []
     for name, tile in changed(DEFAULT).items():
-        if name.startswith(("svd.128", "penalty.64", "penalty.128", "hypernet.many.rows")):
+        if name.startswith(("svd.128", "penalty.64", "penalty.128")):
             continue  # as another of its kind
         cases = list(problems.problems(name, torch.device(DEVICE), SMALL))
         assert len(cases) >= 2
@@ -118,19 +118,6 @@ def test_a_wrong_result_is_not_a_candidate():
     broken = dataclasses.replace(case, run=lambda: 1 // 0)
     cost, wrong = problems.seconds_per(DEFAULT, "svd.32.shrink", tile, [broken], lambda run: 1.0)
     assert cost == float("inf") and wrong.startswith("ZeroDivisionError: ")
-
-
-def test_a_candidate_is_what_is_launched():
-    """And of a hypernetwork's tiles for few tokens, for many as well."""
-    tile = Tile(64, 32, 4, 2)
-    gpu = problems.candidate(DEFAULT, "svd.32.shrink", tile)
-    assert gpu.svd_tiles(3, True).shrink is tile
-    tile = Tile(32, 0, 8, 2, 64)
-    gpu = problems.candidate(DEFAULT, "hypernet.many.rows", tile)
-    assert gpu.hypernet_tiles(1).rows is gpu.hypernet_tiles(10**6).rows is tile
-    gpu = problems.candidate(DEFAULT, "slots.few.weights", tile)
-    assert gpu.slot_tiles(1).weights is gpu.slot_tiles(10**6).weights is tile
-    assert gpu.hypernet == DEFAULT.hypernet
 
 
 def test_tuning_finds_the_faster_tile():
@@ -170,7 +157,7 @@ def test_only():
     assert list(tune.selected(SM_90, ["svd.16"])) == [
         f"svd.16.{n}" for n in ("shrink", "expand", "dy", "x", "fused.0", "fused.1", "fused.2")
     ]
-    assert list(tune.selected(SM_90, ["hypernet.few.rows"])) == ["hypernet.few.rows"]
+    assert list(tune.selected(SM_90, ["penalty.16.residual"])) == ["penalty.16.residual"]
     assert tune.selected(SM_90, []) == tiles_of(SM_90)
     with pytest.raises(ValueError, match=r"no tile is named 'svd.1', expected one of \['svd.16.s"):
         tune.selected(SM_90, ["svd.1"])
@@ -193,10 +180,10 @@ def test_command_without_a_gpu():
 
 def test_dry_run(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main(["--dry-run", "--only", "svd.32.shrink", "hypernet.few.rows"]) == 0
+    assert tune.main(["--dry-run", "--only", "svd.32.shrink", "penalty.16.residual"]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.split(":")[0] for line in lines if not line.startswith(" ")]
-    assert names == ["svd.32.shrink", "hypernet.few.rows"]
+    assert names == ["svd.32.shrink", "penalty.16.residual"]
     assert lines[0] == "svd.32.shrink: 64×32, 4 warps, 2 stages"
     assert lines[1] == "  32×32, 4 warps, 2 stages"
     with pytest.raises(SystemExit, match="2"):

@@ -1,4 +1,4 @@
-"""Layers of all kinds, and what `hypernet_tokens` and `hypernet_factors` take for them."""
+"""Layers of all kinds, and where their rows lie (`ops.Slots`)."""
 
 import torch
 
@@ -28,36 +28,3 @@ def slots_of(layers) -> Slots:
         (layout.p.sizes, layout.q.sizes),
         layout.max_rank,
     )
-
-
-def widths_of(layers) -> list[int]:
-    """Of P, of Λ (1) and of Q: one for each factor."""
-    return [*sorted({p for p, _, _ in layers}), 1, *sorted({q for _, q, _ in layers})]
-
-
-def shapes_of(layers) -> list[tuple[int, ...]]:
-    """Of the packed factors."""
-    slots = slots_of(layers)
-    shapes = [(n, d) for n, d in zip(slots.heights, widths_of(layers), strict=True)]
-    lam = len(slots.counts[0])
-    shapes[lam] = shapes[lam][:1]
-    return shapes
-
-
-def random(*shape: int, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def random_mask(rows: int, dtype=torch.float32) -> torch.Tensor:
-    """Positive numbers, zeros, and negative ones, which are not kept either."""
-    values = torch.tensor([1.0, 1.0, 0.5, 0.0, -1.0], dtype=dtype)
-    return values[torch.randint(5, (rows,))].to(DEVICE)
-
-
-def numbered(prefix: str, tensors) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{i}": t for i, t in enumerate(tensors)}
-
-
-def listed(prefix: str, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The inverse of `numbered`."""
-    return [t for name, t in named.items() if name.rstrip("0123456789") == prefix]

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hal_kernels.ops import Slots
-from hal_kernels.ops.ragged import expect_slots, pad, pad_sides, unpad, unpad_sides
+from hal_kernels.ops.ragged import (
+    expect_slots,
+    pad,
+    pad_sides,
+    padded_places,
+    unpad,
+    unpad_sides,
+)
 
 from .slot_cases import EQUAL, LAYERS, slots_of
 from .util import DEVICE, laid_out, packed_offsets
@@ -89,19 +96,23 @@ def test_no_host_synchronisation(total):
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 def test_three_sides_are_padded_as_each_by_itself(layers):
     slots, total = slots_of(layers), sum(rank for *_, rank in layers)
-    rows = torch.randn(3 * total, 4, device=DEVICE)
-    padded = pad_sides(rows, slots.offsets, slots.max_rank)
+    rows, places = torch.randn(3 * total, 4, device=DEVICE), padded_places(slots)
+    padded = pad_sides(rows, places, slots)
     for side, (own, offsets) in enumerate(zip(rows.split(total), slots.offsets, strict=True)):
         assert torch.equal(padded[side], pad(own, offsets, slots.max_rank))
-    assert torch.equal(unpad_sides(padded, slots.offsets, total), rows)
+    assert torch.equal(unpad_sides(padded, places), rows)
+    kept = rows[:, 0] > 0
+    assert torch.equal(unpad_sides(pad_sides(kept, places, slots), places), kept)
 
 
 @pytest.mark.parametrize("total", [6, 4])
 def test_three_sides_without_host_synchronisation(total):
-    offsets = [torch.empty(4, dtype=torch.int64, device="meta")] * 3
-    padded = pad_sides(torch.empty(3 * total, 5, device="meta"), offsets, 2)
+    whole, ends = (torch.empty(n, dtype=torch.int64, device="meta") for n in (total, 4))
+    slots = Slots((whole, whole), (ends, ends, ends), ([3], [3]), ([total], [total]), 2)
+    places = padded_places(slots)
+    padded = pad_sides(torch.empty(3 * total, 5, device="meta"), places, slots)
     assert padded.shape == (3, 3, 2, 5)
-    assert unpad_sides(padded, offsets, total).shape == (3 * total, 5)
+    assert unpad_sides(padded, places).shape == (3 * total, 5)
 
 
 def test_heights_of_the_factors():

@@ -44,15 +44,15 @@ def test_every_option_reaches_hal_kernels():
     renamed = {"rank", "init_rank", "targets", "exclude", "alpha", "dropout"}
     assert defaults.keys() - ours.keys() == renamed
     config = HyperAdaLoraConfig(
-        r=4, init_r=6, lora_alpha=12, lora_dropout=0.1, dtype="bfloat16", hypernet="mlp",
-        update="residual", norm_first=True, gamma=0.2,
+        r=4, init_r=6, lora_alpha=12, lora_dropout=0.1, dtype="bfloat16", hypernet="bert",
+        hidden=64, update="residual", norm_first=True, gamma=0.2,
         penalty="frobenius", allocation="magnitude", interval=9,
         prune_per_interval=3, seed=5, skip_nonfinite=False, rank_pattern={"a": 5},
         alpha_pattern={"b": 2.0},
     )  # fmt: skip
     assert config.hal_config() == hal_kernels.HALConfig(
-        rank=4, init_rank=6, alpha=12, dropout=0.1, dtype=torch.bfloat16, hypernet="mlp",
-        update="residual", norm_first=True, gamma=0.2,
+        rank=4, init_rank=6, alpha=12, dropout=0.1, dtype=torch.bfloat16, hypernet="bert",
+        hidden=64, update="residual", norm_first=True, gamma=0.2,
         penalty="frobenius", allocation="magnitude", interval=9,
         prune_per_interval=3, seed=5, skip_nonfinite=False, rank_pattern={"a": 5},
         alpha_pattern={"b": 2.0}, modules_to_save=None,
