@@ -83,8 +83,8 @@ def measured_rates(
     """What of `tuned.RATES` takes a measurement."""
     from .kernels.configs import using
     from .kernels.dropout import fill_keep_
-    from .kernels.svd_linear import forward
     from .kernels.traffic import fused_us, gemm
+    from .ops.svd_linear.triton import forward
 
     T, d = sizes.large
     x, weight = (torch.randn(n, d, device=device).bfloat16() for n in (T, d))
@@ -107,7 +107,8 @@ def measured_rates(
     p, lam, q = (torch.randn(*shape, device=device) for shape in ((r, d), (r,), (r, d)))
 
     def linear(rows: torch.Tensor, path: str) -> float:
-        return bench(lambda: forward(rows, weight, None, p, lam, q, 0.5, 0.0, None, 0.0, path=path))
+        layer = [weight], [None], [p], [lam], [q]
+        return bench(lambda: forward(rows, *layer, 0.5, 0.0, None, path=path))
 
     with using(gpu):
         rates["prepare"] = linear(x, "prepare") <= linear(x, "add")

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
+from ..ops.svd_linear import triton as svd_kernels
 from . import (
     hypernet_factors,
     hypernet_layer,
     hypernet_tokens,
     orthogonality_penalty,
-    svd_adapter,
-    svd_linear,
 )
 from .configs import Architecture, Tile, architecture_of, using
 from .tuned import SIZED, sized, with_tiles
@@ -119,22 +118,22 @@ def svd_problem(
     bound = _bound(dtype)
 
     def expand() -> Tensors:
-        svd_adapter.expand_(y, u, lam, p, s)
+        svd_kernels.expand_(y, u, lam, p, s)
         return [y]
 
     def gradients_dy() -> Tensors:
-        parts = h.new_empty(svd_adapter.parts_of_u(x, p), T, r)
-        return [parts, svd_adapter.gradients_dy(x, h, parts, lam, p, s)]
+        parts = h.new_empty(svd_kernels.parts_of_u(x, p), T, r)
+        return [parts, svd_kernels.gradients_dy(x, h, parts, lam, p, s)]
 
     def gradients_x() -> Tensors:
-        return [*svd_adapter.gradients_x(x, h, u, p, lam, s, dx=y), y]
+        return [*svd_kernels.gradients_x(x, h, u, p, lam, s, dx=y), y]
 
     def total(t: torch.Tensor, dim: int) -> torch.Tensor:
         return t.sum(0) if t.dim() > dim else t
 
     if kernel == "shrink":
         return Problem(
-            lambda: [svd_adapter.shrink(x, p)],
+            lambda: [svd_kernels.shrink(x, p)],
             lambda out: [out[0].sum(0)],
             [wide @ factor.t()],
             bound,
@@ -159,7 +158,7 @@ def svd_problem(
 
     def fused() -> Tensors:
         tile = architecture_of(device).svd_tiles(r, True).fused[number]
-        svd_linear.fused_(y, h, x, weight, None, p, lam, p, s, 0.0, None, tile)
+        svd_kernels.fused_(y, h, x, weight, None, p, lam, p, s, 0.0, None, tile)
         return [y, h]
 
     hidden = wide @ factor.t()

@@ -7,9 +7,9 @@ spilled bytes, shared memory and occupancy. The exit status is 1 if a kernel doe
 spills, or needs more shared memory than a block may have. ``--quick`` takes four architectures and
 one configuration of each kernel on each of them, another one on each.
 
-Every module of this package that has kernels lists what is to be compiled in a function
-``cases() -> Iterable[Case]``. "default", what an unknown GPU takes, is compiled for sm_80 within
-the 64 KiB that every GPU has.
+Every module of this package that has kernels, and an operator's ``triton_cases``, lists what is to
+be compiled in a function ``cases() -> Iterable[Case]``. "default", what an unknown GPU takes, is
+compiled for sm_80 within the 64 KiB that every GPU has.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -87,6 +88,9 @@ def modules() -> list[str]:
     """Names of this package's modules that have something to compile."""
     package = importlib.import_module("hal_kernels.kernels")
     names = [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
+    ops = importlib.import_module("hal_kernels.ops")
+    folders = [f"{ops.__name__}.{m.name}" for m in pkgutil.iter_modules(ops.__path__) if m.ispkg]
+    names += [f"{n}.triton_cases" for n in folders if importlib.util.find_spec(f"{n}.triton_cases")]
     return [
         n
         for n in names

@@ -35,6 +35,7 @@ from ._library import (
     expect_same_device,
     expect_shape,
     expect_tensor,
+    without_autocast,
 )
 
 PARAMETERS = (
@@ -336,7 +337,7 @@ _hypernet_layer = define(
     "hypernet_layer(Tensor tokens, Tensor keys, Tensor[] parameters, int heads, float eps,"
     " bool norm_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     default=_forward,
-    cuda=_forward_cuda,
+    cuda=without_autocast(_forward_cuda),
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_autograd_backward,
@@ -346,6 +347,6 @@ _hypernet_layer_backward = define(
     "hypernet_layer_backward(Tensor dout, Tensor tokens, Tensor[] parameters, Tensor[] saved,"
     " int heads, float eps, bool norm_first) -> (Tensor, Tensor[])",
     default=_backward_default,
-    cuda=_backward_cuda,
+    cuda=without_autocast(_backward_cuda),
     fake=_backward_fake,
 )

@@ -12,8 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from hal_kernels.nn.adapter import HyperAdapter
 from hal_kernels.nn.linear import LayerSlot, is_conv1d, is_foreign, linear_widths
 from hal_kernels.nn.packed import LayerFactors
-from hal_kernels.ops import svd_adapter_add, svd_linear
-from hal_kernels.ops.svd_linear import fits, svd_linear_of_layer
+from hal_kernels.ops.svd_linear import layer_output
 
 from .quantized import dequantize, is_quantized, requantize, restore
 
@@ -136,7 +135,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
         else:
             y = self.base_layer(x, *args, **kwargs)
         for factors, options in found:
-            y = svd_adapter_add(y, x, *_beside(x, factors), **options)
+            y = layer_output(x, None, y, *_beside(x, factors), **options)
         return y
 
     def _fused(
@@ -150,12 +149,7 @@ class HyperAdaLoraLinear(nn.Module, BaseTunerLayer):
             if y is not None:
                 return y
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        factors = _beside(x, factors)
-        if options["dropout"] == 0.0 and fits(x, weight):
-            return svd_linear_of_layer(
-                x, weight, self.bias, *factors, options["scaling"], options["tangent"]
-            )
-        return svd_linear(x, weight, self.bias, *factors, **options)
+        return layer_output(x, weight, self.bias, *_beside(x, factors), **options)
 
     def adapter_arguments(self) -> Arguments | None:
         """What the operators need for this layer's one adapter; None where it is not so simple."""
