@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hal_kernels import ops
+from hal_kernels.ops.svd_linear import layer_output, layer_penalty
 from tools import traffic
 
 Inputs = dict[str, Any]
@@ -74,17 +75,23 @@ def svd_linear_case(
         for d in (d_in, d_out):
             floor += traffic.gram(d, r) + traffic.penalty_gradient(1, r, d)
         floor += traffic.finish(r)
-    ours = ops.svd_linear_penalty if penalty else ops.svd_linear
-    reference = ops.svd_linear_penalty_reference if penalty else ops.svd_linear_reference
+
+    def ours(i: Inputs) -> Outputs:
+        if not penalty:
+            return ops.svd_linear(**i, scaling=0.5)
+        grams: list[torch.Tensor] = []
+        y = layer_output(*i.values(), 0.5, grams=grams)
+        return y, layer_penalty(i["p"], i["q"], grams)
 
     def formula(i: Inputs) -> Outputs:
-        dtype = i["x"].dtype
-        return reference(**{name: t.to(dtype) for name, t in i.items()}, scaling=0.5)
+        i = {name: t.to(i["x"].dtype) for name, t in i.items()}
+        y = ops.svd_linear_reference(**i, scaling=0.5)
+        return (y, ops.orthogonality_penalty_reference([i["p"], i["q"]])) if penalty else y
 
     return Case(
-        ours.__name__,
+        "svd_linear_penalty" if penalty else "svd_linear",
         f"T={T} {d_in}→{d_out} r={r} {_name(dtype)}",
-        lambda i: ours(**i, scaling=0.5),
+        ours,
         formula,
         inputs,
         floor,

@@ -91,7 +91,6 @@ def expected(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What one layer of this library should return, in float64 from its own tensors."""
     arguments = layer.adapter_arguments()  # type: ignore[operator]
     (p, lam, q), options = arguments
-    lam = lam * options.get("mask", 1.0)
     linear = nn.functional.linear(x, layer.weight.double(), layer.bias.double())  # type: ignore[operator, union-attr]
     return linear + options["scaling"] * ((x @ p.double().t()) * lam.double()) @ q.double()
 

@@ -23,7 +23,7 @@ struct Factors {
 struct Layer {
   Factors factors;
   // Forward, what y starts from: [1, d_out] for all rows or [T, d_out] one each. Backward, dy.
-  // None of it stands for zero.
+  // Absent: zero.
   std::optional<Rows> rows;
 };
 
@@ -41,10 +41,9 @@ inline void check_h(const Tensor& h, const Rows& x, const std::vector<Layer>& la
 struct Options {
   double scaling;
   double tangent;  // c of the tangent gradients of P and Q; 0 for their own
-  double dropout = 0.0;
-  const Tensor* seed = nullptr;  // of the dropout mask; null for none
+  double dropout;
+  const Tensor* seed;  // of the dropout mask; null for none
 
-  Options(double scaling, double tangent) : scaling(scaling), tangent(tangent) {}
   Options(double scaling, double tangent, double dropout, const std::optional<Tensor>& seed)
       : scaling(scaling),
         tangent(tangent),

@@ -9,21 +9,16 @@
 extern "C" {
 __attribute__((visibility("default"), used)) extern const char hal_kernels_schemas[] =
     "hal_kernels schemas\n"
-    "hal::svd_linear(Tensor x, Tensor weight, Tensor? bias, Tensor p, Tensor lam, Tensor q, "
-    "float scaling, float dropout, Tensor? seed, float tangent) -> (Tensor, Tensor)\n"
-    "hal::svd_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor p, Tensor lam, "
+    "hal::svd_linear(Tensor x, Tensor? weight, Tensor? base, Tensor p, Tensor lam, Tensor q, "
+    "float scaling, float dropout, Tensor? seed) -> (Tensor, Tensor)\n"
+    "hal::svd_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor? weight, Tensor p, Tensor lam, "
     "Tensor q, float scaling, float dropout, Tensor? seed, float tangent, bool needs_dx, "
     "bool needs_factors) -> (Tensor, Tensor, Tensor, Tensor)\n"
-    "hal::svd_linear_group(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] p, Tensor[] lam, "
-    "Tensor[] q, float scaling, float tangent) -> (Tensor[], Tensor)\n"
+    "hal::svd_linear_group(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] p, Tensor[] lam, "
+    "Tensor[] q, float scaling, float dropout, Tensor? seed) -> (Tensor[], Tensor)\n"
     "hal::svd_linear_group_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] weight, "
-    "Tensor[] p, Tensor[] lam, Tensor[] q, float scaling, float tangent, bool needs_dx, "
-    "bool needs_factors) -> (Tensor, Tensor, Tensor, Tensor[])\n"
-    "hal::svd_adapter_add(Tensor y, Tensor x, Tensor p, Tensor lam, Tensor q, float scaling, "
-    "float dropout, Tensor? seed, float tangent) -> (Tensor, Tensor)\n"
-    "hal::svd_adapter_add_backward(Tensor dout, Tensor x, Tensor h, Tensor p, Tensor lam, "
-    "Tensor q, float scaling, float dropout, Tensor? seed, float tangent, bool needs_dx, "
-    "bool needs_factors) -> (Tensor, Tensor, Tensor, Tensor)\n"
+    "Tensor[] p, Tensor[] lam, Tensor[] q, float scaling, float dropout, Tensor? seed, "
+    "float tangent, bool needs_dx, bool needs_factors) -> (Tensor, Tensor, Tensor, Tensor[])\n"
     "hal::orthogonality_penalty(Tensor[] factors, Tensor[] offsets, int[] max_ranks, "
     "bool squared, float weight) -> (Tensor, Tensor[])\n"
     "hal::orthogonality_penalty_backward(Tensor dvalue, Tensor[] factors, Tensor[] residuals, "
@@ -38,8 +33,6 @@ STABLE_TORCH_LIBRARY_IMPL(hal, CPU, m) {
   m.impl("svd_linear_backward", TORCH_BOX(&hal::svd_linear_backward));
   m.impl("svd_linear_group", TORCH_BOX(&hal::svd_linear_group));
   m.impl("svd_linear_group_backward", TORCH_BOX(&hal::svd_linear_group_backward));
-  m.impl("svd_adapter_add", TORCH_BOX(&hal::svd_adapter_add));
-  m.impl("svd_adapter_add_backward", TORCH_BOX(&hal::svd_adapter_add_backward));
   m.impl("orthogonality_penalty", TORCH_BOX(&hal::orthogonality_penalty));
   m.impl("orthogonality_penalty_backward", TORCH_BOX(&hal::orthogonality_penalty_backward));
   m.impl("update_importance_", TORCH_BOX(&hal::update_importance_));

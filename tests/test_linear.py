@@ -190,6 +190,49 @@ def test_it_fits_a_target():
     assert torch.equal(made.weight, before)
 
 
+def orthogonality(made):
+    p, q = (t.detach().double().requires_grad_() for t in (made.p, made.q))
+    residuals = (f @ f.t() - torch.eye(len(f), dtype=torch.float64) for f in (p, q))
+    value = sum(r.square().sum() for r in residuals)
+    return value.detach(), torch.autograd.grad(value, (p, q))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_its_own_penalty(dtype, bound):
+    """Beside the loss of two micro-batches, whose gradients it is added to each time."""
+    made, twin = layer(dtype=dtype), None
+    nn.init.normal_(made.p), nn.init.normal_(made.q)
+    twin = copy.deepcopy(made)
+    value, gradients = orthogonality(made)
+    for x in torch.randn(2, 4, 12, dtype=dtype):
+        loss = made(x).square().sum()
+        assert made.penalty.dtype == dtype
+        torch.testing.assert_close(made.penalty.double(), value, rtol=bound, atol=0)
+        (loss + 0.5 * made.penalty).backward()
+        twin(x).square().sum().backward()
+    for name, gradient in zip("pq", gradients, strict=True):
+        own = getattr(made, name).grad - getattr(twin, name).grad
+        torch.testing.assert_close(own.double(), gradient, rtol=0, atol=100 * bound)
+    torch.testing.assert_close(made.lam.grad, twin.lam.grad)
+
+
+def test_the_penalty_is_that_of_the_present_factors():
+    """Before any forward, in evaluation, and after a step."""
+    made = layer()
+    start = made.penalty
+    torch.testing.assert_close(start.detach(), orthogonality(made)[0])
+    assert torch.equal(made.eval().penalty, start)
+    with torch.no_grad():
+        made(torch.randn(2, 12, dtype=torch.float64))
+        assert not made.penalty.requires_grad
+        made.p *= 2
+    assert made.penalty > start
+    torch.testing.assert_close(made.penalty.detach(), orthogonality(made)[0])
+    model = hal_kernels.patch_model(nn.Sequential(nn.Linear(12, 8)), 2, targets=["0"])
+    with pytest.raises(RuntimeError, match=r"hal_kernels\.penalty\(model\)"):
+        _ = model[0].penalty
+
+
 class LoraLinear(nn.Module):
     """What other PEFT code does: wrap a layer, name its adapters, merge by hand."""
 

@@ -19,7 +19,6 @@ import hal_kernels
 
 OPERATORS = (
     "svd_linear", "svd_linear_backward", "svd_linear_group", "svd_linear_group_backward",
-    "svd_adapter_add", "svd_adapter_add_backward",
     "orthogonality_penalty", "orthogonality_penalty_backward",
     "update_importance_", "prune_smallest",
 )  # fmt: skip
@@ -53,6 +52,15 @@ def adapter(rows, d_in, d_out, rank, dtype=torch.float32, factors=None):
     )
 
 
+def added(y, x, *rest, run=lambda op, *a: op(*a)):
+    """(out, h): the adapter added to y."""
+    return run(HAL.svd_linear, x, None, y, *rest)
+
+
+def added_backward(dout, x, h, *rest, run=lambda op, *a: op(*a)):
+    return run(HAL.svd_linear_backward, dout, x, h, None, *rest)
+
+
 def named(results):
     """Tensors by their place, those of lists too."""
     flat = [t for r in results for t in (r if isinstance(r, list | tuple) else (r,))]
@@ -64,14 +72,14 @@ def group(rows, d_in, d_out, ranks, dtype=torch.float32, factors=None):
     parts = [adapter(rows, d_in, d, r, dtype, factors) for d, r in zip(d_out, ranks, strict=True)]
     weight = [(values(d, d_in) / d_in**0.5).to(dtype) for d in d_out]
     bias = [values(d, dtype=dtype) for d in d_out]
-    bias[-1] = bias[-1].new_empty(0)  # no bias
+    bias[-1] = None
     return (parts[0][1], weight, bias, *([part[i] for part in parts] for i in (2, 3, 4)))
 
 
 def group_results(x, weight, bias, p, lam, q, dy, tangent=0.0, run=lambda op, *a: op(*a)):
     """Outputs and gradients of a group, by `run(operator, *arguments)`."""
-    y, h = run(HAL.svd_linear_group, x, weight, bias, p, lam, q, 0.5, tangent)
-    arguments = (dy, x, h, weight, p, lam, q, 0.5, tangent, True, True)
+    y, h = run(HAL.svd_linear_group, x, weight, bias, p, lam, q, 0.5, 0.0, None)
+    arguments = (dy, x, h, weight, p, lam, q, 0.5, 0.0, None, tangent, True, True)
     return named((*y, h, *run(HAL.svd_linear_group_backward, *arguments)))
 
 
@@ -89,9 +97,9 @@ def test_the_native_kernel_runs():
     """The default would be seen to call torch."""
     y, x, *factors = adapter(4, 8, 6, 2)
     with torch.profiler.profile() as profile:
-        HAL.svd_adapter_add(y, x, *factors, 1.0, 0.0, None, 0.0)
+        added(y, x, *factors, 1.0, 0.0, None)
     called = {event.key for event in profile.key_averages()}
-    assert "hal::svd_adapter_add" in called
+    assert "hal::svd_linear" in called
     assert not {"aten::mm", "aten::addmm_", "aten::matmul"} & called
 
 
@@ -110,12 +118,12 @@ SHAPES = [
 def test_adapter_of_any_shape(dtype, rows, d_in, d_out, rank):
     y, x, *factors = adapter(rows, d_in, d_out, rank, dtype)
     exact = [t.double() for t in (y, x, *factors)]
-    out, h = HAL.svd_adapter_add(y, x, *factors, 0.5, 0.0, None, 0.0)
-    ref, h_ref = default(HAL.svd_adapter_add, *exact, 0.5, 0.0, None, 0.0)
+    out, h = added(y, x, *factors, 0.5, 0.0, None)
+    ref, h_ref = added(*exact, 0.5, 0.0, None, run=default)
     assert_same({"out": out, "h": h}, {"out": ref, "h": h_ref}, EXACT[dtype])
     rest = (0.5, 0.0, None, 0.0, True, True)
-    gradients = HAL.svd_adapter_add_backward(y, x, h, *factors, *rest)
-    expected = default(HAL.svd_adapter_add_backward, *exact[:2], h_ref, *exact[2:], *rest)
+    gradients = added_backward(y, x, h, *factors, *rest)
+    expected = added_backward(*exact[:2], h_ref, *exact[2:], *rest, run=default)
     # dΛ is a product of two such sums.
     assert_same(named(gradients), named(expected), 2 * EXACT[dtype])
 
@@ -125,7 +133,7 @@ def test_adapter_of_any_shape(dtype, rows, d_in, d_out, rank):
 def test_linear_agrees_with_the_default(dtype, rank):
     _, x, p, lam, q = adapter(50, 72, 40, rank, dtype, torch.float32)
     weight, bias = values(40, 72).to(dtype) / 8, values(40, dtype=dtype)
-    arguments = (x, weight, bias, p, lam, q, 0.5, 0.0, None, 0.0)
+    arguments = (x, weight, bias, p, lam, q, 0.5, 0.0, None)
     out, ref = HAL.svd_linear(*arguments), default(HAL.svd_linear, *arguments)
     bound = EXACT[torch.float32] if dtype.itemsize > 2 else 2 * torch.finfo(dtype).eps
     assert_same(named(out), named(ref), bound)
@@ -155,10 +163,10 @@ def test_tangent_gradients_agree_with_the_default(dtype, rows, d_in, d_out, rank
     """Λ = 0 does not show in them; nor does a small c where rows have 16 bits."""
     y, x, p, lam, q = adapter(rows, d_in, d_out, rank, dtype, torch.float32)
     exact = [t.double() for t in (y, x, p, lam * 0, q)]
-    _, h = HAL.svd_adapter_add(y, x, p, lam * 0, q, 0.5, 0.0, None, 2.0**-30)
+    _, h = added(y, x, p, lam * 0, q, 0.5, 0.0, None)
     rest = (0.5, 0.0, None, 2.0**-30, True, True)
-    _, dp, dlam, dq = HAL.svd_adapter_add_backward(y, x, h, p, lam * 0, q, *rest)
-    _, *ref = default(HAL.svd_adapter_add_backward, *exact[:2], h.double(), *exact[2:], *rest)
+    _, dp, dlam, dq = added_backward(y, x, h, p, lam * 0, q, *rest)
+    _, *ref = added_backward(*exact[:2], h.double(), *exact[2:], *rest, run=default)
     assert dlam.numel() == 0
     bound = EXACT[torch.float32] if dtype.itemsize > 2 else 2 * torch.finfo(dtype).eps
     assert_same(named([dp, dq]), named([ref[0], ref[2]]), bound)
@@ -179,9 +187,9 @@ def test_what_is_not_finite_spreads_as_by_default(dtype, rank, where, bad):
     y, x, *factors = inputs.values()
     runs = []
     for run in (lambda op, *a: op(*a), default):
-        out, h = run(HAL.svd_adapter_add, y, x, *factors, 0.5, 0.0, None, 0.0)
+        out, h = added(y, x, *factors, 0.5, 0.0, None, run=run)
         arguments = (y, x, h, *factors, 0.5, 0.0, None, 0.0, True, True)
-        runs.append((out, h, *run(HAL.svd_adapter_add_backward, *arguments)))
+        runs.append((out, h, *added_backward(*arguments, run=run)))
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one.isnan(), other.isnan())
         assert torch.equal(one.isinf(), other.isinf())
@@ -190,7 +198,7 @@ def test_what_is_not_finite_spreads_as_by_default(dtype, rank, where, bad):
 def test_dropout_does_not_hide_what_is_not_finite():
     eye, one = torch.eye(40), torch.ones(40)
     x = torch.full((3, 40), float("inf"))
-    out, _ = HAL.svd_adapter_add(x * 0 + 0.0, x, eye, one, eye, 1.0, 0.5, torch.tensor(1), 0.0)
+    out, _ = added(x * 0 + 0.0, x, eye, one, eye, 1.0, 0.5, torch.tensor(1))
     assert out.isnan().all()
 
 
@@ -199,7 +207,7 @@ def test_every_16_bit_number_survives(dtype):
     """Widened and narrowed again (rank 0 adds nothing), NaN as NaN."""
     y = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)
     empty = torch.empty(0, 256)
-    out, _ = HAL.svd_adapter_add(y, y, empty, torch.empty(0), empty, 1.0, 0.0, None, 0.0)
+    out, _ = added(y, y, empty, torch.empty(0), empty, 1.0, 0.0, None)
     assert torch.equal(out.isnan(), y.isnan())
     kept = ~y.isnan()
     assert torch.equal(out.view(torch.int16)[kept], y.view(torch.int16)[kept])
@@ -217,7 +225,7 @@ def test_rounding_to_16_bits_is_torch_s(dtype):
     # out = 0 + 1·1·q, rounded once
     arguments = (torch.zeros(1, 1), one, torch.ones(1, 1), torch.ones(1), numbers)
     base = arguments[0].to(dtype).expand(1, numbers.shape[1])
-    out, _ = HAL.svd_adapter_add(base, *arguments[1:], 1.0, 0.0, None, 0.0)
+    out, _ = added(base, *arguments[1:], 1.0, 0.0, None)
     expected = numbers.to(dtype)
     nan = expected.isnan()
     assert torch.equal(out.isnan(), nan)
@@ -229,10 +237,10 @@ def test_dropout_mask_is_the_same_in_every_layout_and_block():
     """x = 1 and P = Q = identity show the mask; single rows of it are those of the whole."""
     eye, one = torch.eye(150), torch.ones(150)
     x, seed = torch.ones(70, 150), torch.tensor(9)
-    whole, _ = HAL.svd_adapter_add(x * 0, x, eye, one, eye, 1.0, 0.4, seed, 0.0)
-    part, _ = HAL.svd_adapter_add(x[:21] * 0, x[:21], eye, one, eye, 1.0, 0.4, seed, 0.0)
+    whole, _ = added(x * 0, x, eye, one, eye, 1.0, 0.4, seed)
+    part, _ = added(x[:21] * 0, x[:21], eye, one, eye, 1.0, 0.4, seed)
     strided = x.t().contiguous().t()
-    other, _ = HAL.svd_adapter_add(x * 0, strided, eye, one, eye, 1.0, 0.4, seed, 0.0)
+    other, _ = added(x * 0, strided, eye, one, eye, 1.0, 0.4, seed)
     assert torch.equal(part, whole[:21])
     assert torch.equal(other, whole)
     assert set(whole.unique().tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
@@ -271,10 +279,10 @@ def test_importance_of_any_dtypes(state, factors):
 def adapter_run():
     # Enough work that it is split over four threads.
     arguments = adapter(515, 260, 190, 5)
-    out, h = HAL.svd_adapter_add(*arguments, 0.5, 0.0, None, 0.0)
+    out, h = added(*arguments, 0.5, 0.0, None)
     y, *rest = arguments
     arguments = (y, rest[0], h, *rest[1:], 0.5, 0.0, None, 0.0, True, True)
-    return (out, h, *HAL.svd_adapter_add_backward(*arguments))
+    return (out, h, *added_backward(*arguments))
 
 
 def wide_run():
@@ -351,8 +359,8 @@ print(t.mask_digest())
 def mask_digest():
     """A number that stands for one dropout mask of 100 × 100."""
     eye = torch.eye(100)
-    arguments = (torch.ones(100, 100), eye, torch.ones(100), eye, 1.0, 0.5, torch.tensor(5), 0.0)
-    mask, _ = HAL.svd_adapter_add(torch.zeros(100, 100), *arguments)
+    arguments = (torch.ones(100, 100), eye, torch.ones(100), eye, 1.0, 0.5, torch.tensor(5))
+    mask, _ = added(torch.zeros(100, 100), *arguments)
     return int((mask.bool().flatten() * torch.arange(10_000) ** 2).sum())
 
 
@@ -371,52 +379,50 @@ def test_narrower_instruction_sets():
 
 # ---- arguments that the public functions would not let through --------------------------------
 
-GOOD = adapter(3, 4, 5, 2)
+GOOD, WEIGHT, PLAIN = adapter(3, 4, 5, 2), torch.ones(5, 4), (1.0, 0.0, None)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p[:, 1:], lam, q, 1.0, 0.0, None, 0.0),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p, lam[1:], q, 1.0, 0.0, None, 0.0),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p, lam, q[1:], 1.0, 0.0, None, 0.0),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x[1:], p, lam, q, 1.0, 0.0, None, 0.0),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(
-            y.long(), x.long(), p, lam, q, 1.0, 0.0, None, 0.0
-        ),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x.double(), p, lam, q, 1.0, 0.0, None, 0.0),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, x, p, lam, q, 1.0, 0.5, torch.ones(1), 0.0),
-        lambda y, x, p, lam, q: HAL.svd_linear(x, q, None, p, lam, q, 1.0, 0.0, None, 0.0),
-        lambda y, x, p, lam, q: HAL.svd_linear(
-            x, torch.ones(5, 4), torch.ones(4), p, lam, q, 1.0, 0.0, None, 0.0
+        lambda y, x, p, lam, q: added(y, x, p[:, 1:], lam, q, *PLAIN),
+        lambda y, x, p, lam, q: added(y, x, p, lam[1:], q, *PLAIN),
+        lambda y, x, p, lam, q: added(y, x, p, lam, q[1:], *PLAIN),
+        lambda y, x, p, lam, q: added(y, x[1:], p, lam, q, *PLAIN),
+        lambda y, x, p, lam, q: added(y.long(), x.long(), p, lam, q, *PLAIN),
+        lambda y, x, p, lam, q: added(y, x.double(), p, lam, q, *PLAIN),
+        lambda y, x, p, lam, q: added(y, x, p, lam, q, 1.0, 0.5, torch.ones(1)),
+        lambda y, x, p, lam, q: HAL.svd_linear(x, q, None, p, lam, q, *PLAIN),
+        lambda y, x, p, lam, q: HAL.svd_linear(x, WEIGHT, torch.ones(4), p, lam, q, *PLAIN),
+        lambda y, x, p, lam, q: HAL.svd_linear(x, None, None, p, lam, q, *PLAIN),
+        lambda y, x, p, lam, q: HAL.svd_linear(x, None, y[0], p, lam, q, *PLAIN),
+        lambda y, x, p, lam, q: HAL.svd_linear_backward(
+            y, x, torch.ones(2, 2), WEIGHT, p, lam, q, *PLAIN, 0.0, True, True
         ),
         lambda y, x, p, lam, q: HAL.svd_linear_backward(
-            y, x, torch.ones(2, 2), torch.ones(5, 4), p, lam, q, 1.0, 0.0, None, 0.0, True, True
+            y[1:], x, torch.ones(3, 2), WEIGHT, p, lam, q, *PLAIN, 0.0, True, True
         ),
-        lambda y, x, p, lam, q: HAL.svd_linear_backward(
-            y[1:], x, torch.ones(3, 2), torch.ones(5, 4), p, lam, q, 1.0, 0.0, None, 0.0, True, True
-        ),
-        lambda y, x, p, lam, q: HAL.svd_linear_group(x, [], [], [], [], [], 1.0, 0.0),
+        lambda y, x, p, lam, q: HAL.svd_linear_group(x, [], [], [], [], [], *PLAIN),
         lambda y, x, p, lam, q: HAL.svd_linear_group(
-            x, [torch.ones(5, 4)] * 2, [y[0]] * 2, [p] * 2, [lam] * 2, [q], 1.0, 0.0
+            x, [WEIGHT] * 2, [y[0]] * 2, [p] * 2, [lam] * 2, [q], *PLAIN
         ),
         lambda y, x, p, lam, q: HAL.svd_linear_group(
-            x, [torch.ones(5, 4)] * 2, [y[0]] * 2, [p, p.double()], [lam] * 2, [q] * 2, 1.0, 0.0
+            x, [WEIGHT] * 2, [y[0]] * 2, [p, p.double()], [lam] * 2, [q] * 2, *PLAIN
         ),
         lambda y, x, p, lam, q: HAL.svd_linear_group_backward(
             [y, None],
             x,
             torch.ones(3, 2),
-            [torch.ones(5, 4)] * 2,
+            [WEIGHT] * 2,
             [p] * 2,
             [lam] * 2,
             [q] * 2,
-            1.0,
+            *PLAIN,
             0.0,
             True,
             True,
         ),
-        lambda y, x, p, lam, q: HAL.svd_adapter_add(y, y[0, 0], p, lam, q, 1.0, 0.0, None, 0.0),
+        lambda y, x, p, lam, q: added(y, y[0, 0], p, lam, q, *PLAIN),
         lambda *_: HAL.orthogonality_penalty(
             [torch.ones(4, 3)], [torch.tensor([0, 5])], [5], True, 1.0
         ),

@@ -23,7 +23,7 @@ import hal_kernels, torch
 one = torch.ones(2, 3, requires_grad=True)
 hal_kernels.ops.svd_adapter_add(one, one, one, one[:, 0], one, scaling=0.5).sum().backward()
 assert one.grad.isfinite().all()
-print(*hal_kernels.backends()["svd_adapter_add"]["cpu"], sep="|")
+print(*hal_kernels.backends()["svd_linear"]["cpu"], sep="|")
 """
 
 

@@ -16,12 +16,11 @@ from hal_kernels.kernels import (
     rank_allocation,
     spectral_solve,
     spectral_step,
-    svd_adapter,
-    svd_linear,
-    svd_linear_penalty,
 )
-from hal_kernels.kernels.cases import POINTERS, Case, make_case
 from hal_kernels.kernels.configs import ARCHITECTURES
+
+from . import svd_cases
+from .cases import POINTERS, Case, make_case
 
 
 def dropout_cases() -> Iterator[Case]:
@@ -154,7 +153,5 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "orthogonality_penalty": orthogonality_penalty_cases,
     "rank_allocation": rank_allocation_cases,
     "spectral_step": spectral_step_cases,
-    "svd_adapter": svd_adapter.cases,
-    "svd_linear": svd_linear.cases,
-    "svd_linear_penalty": svd_linear_penalty.cases,
+    "svd_linear": svd_cases.cases,
 }

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from hal_kernels.kernels import orthogonality_penalty, svd_adapter, svd_linear
+from hal_kernels.kernels import orthogonality_penalty
 from hal_kernels.kernels.configs import Architecture, Tile, architecture_of, using
+from hal_kernels.ops.svd_linear import triton as svd_kernels
 
 from .tiles import with_tiles
 
@@ -92,22 +93,22 @@ def svd_problem(
     bound = _bound(dtype)
 
     def expand() -> Tensors:
-        svd_adapter.expand_(y, u, lam, p, s)
+        svd_kernels.expand_(y, u, lam, p, s)
         return [y]
 
     def gradients_dy() -> Tensors:
-        parts = h.new_empty(svd_adapter.parts_of_u(x, p), T, r)
-        return [parts, svd_adapter.gradients_dy(x, h, parts, lam, p, s)]
+        parts = h.new_empty(svd_kernels.parts_of_u(x, p), T, r)
+        return [parts, svd_kernels.gradients_dy(x, h, parts, lam, p, s)]
 
     def gradients_x() -> Tensors:
-        return [*svd_adapter.gradients_x(x, h, u, p, lam, s, dx=y), y]
+        return [*svd_kernels.gradients_x(x, h, u, p, lam, s, dx=y), y]
 
     def total(t: torch.Tensor, dim: int) -> torch.Tensor:
         return t.sum(0) if t.dim() > dim else t
 
     if kernel == "shrink":
         return Problem(
-            lambda: [svd_adapter.shrink(x, p)],
+            lambda: [svd_kernels.shrink(x, p)],
             lambda out: [out[0].sum(0)],
             [wide @ factor.t()],
             bound,
@@ -132,7 +133,7 @@ def svd_problem(
 
     def fused() -> Tensors:
         tile = architecture_of(device).svd_tiles(r, True).fused[number]
-        svd_linear.fused_(y, h, x, weight, None, p, lam, p, s, 0.0, None, tile)
+        svd_kernels.fused_(y, h, x, weight, None, p, lam, p, s, 0.0, None, tile)
         return [y, h]
 
     hidden = wide @ factor.t()

@@ -25,8 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from hal_kernels.kernels.cases import Case
-
+from .cases import Case
 from .kernel_cases import CASES
 
 

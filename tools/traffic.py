@@ -130,7 +130,7 @@ def fused(
 
 
 def gram(d: int, r: int, *, splits: int = 1) -> Traffic:
-    """What shrink and expand of ``svd_linear_penalty`` do beside: `splits` partial FFᵀ."""
+    """What shrink and expand do beside where a layer gives its penalty: `splits` partial FFᵀ."""
     return Traffic(0, splits * r * r * SUM, 2 * r * r * d)
 
 

@@ -26,7 +26,7 @@ from triton.testing import do_bench
 
 from hal_kernels.kernels.configs import Architecture, Tile, architecture_of, fused_us, using
 from hal_kernels.kernels.dropout import fill_keep_
-from hal_kernels.kernels.svd_linear import forward
+from hal_kernels.ops.svd_linear.triton import forward
 
 from .problems import Problem, Sizes, problems, seconds_per
 from .tiles import free_fields, limits, tiles_of
@@ -101,7 +101,8 @@ def measured_rates(
     p, lam, q = (torch.randn(*shape, device=device) for shape in ((r, d), (r,), (r, d)))
 
     def linear(rows: torch.Tensor, path: str) -> float:
-        return bench(lambda: forward(rows, weight, None, p, lam, q, 0.5, 0.0, None, 0.0, path=path))
+        layer = [weight], [None], [p], [lam], [q]
+        return bench(lambda: forward(rows, *layer, 0.5, 0.0, None, path=path))
 
     with using(gpu):
         rates["prepare"] = linear(x, "prepare") <= linear(x, "add")

@@ -1,4 +1,6 @@
-"""The operators in Triton, for CUDA and ROCm: one file an operator, as in `hal_kernels.ops`.
+"""The operators in Triton, for CUDA and ROCm, and what all kernels share.
+
+Those of `svd_linear` are in `hal_kernels.ops.svd_linear`.
 
 Nothing here is imported before an operator is first called with a CUDA tensor (`ops._library`), so
 that the package works without triton. In each file: the kernels, each with its formula; the launch

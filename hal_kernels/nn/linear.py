@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from ..ops._library import expect_number
-from ..ops.svd_adapter_add import svd_adapter_add
-from ..ops.svd_linear import fits, svd_linear, svd_linear_of_layer
+from ..ops.svd_linear import layer_output, layer_penalty
 from .adapter import HyperAdapter
 from .packed import LayerFactors
 from .shared_input import SharedInput
@@ -76,6 +75,9 @@ class HALLinear(AdaptedLayer, nn.Linear):
     Attributes (of a layer that stands alone):
         p ``[r, d_in]``, lam ``[r]`` (zeros at the start: the layer starts as the identity),
         q ``[r, d_out]``: parameters. mask ``[r]``: buffer, 1 keeps a direction and 0 prunes it.
+        penalty: ‖PᵀP − I‖² + ‖QQᵀ − I‖² [eq. 7] of p and q as they are, a scalar to be added to the
+            loss. On a GPU the kernels of the last forward in training have most of it ready. (A
+            patched model's is `hal_kernels.penalty`.)
 
     Shapes: x ``[..., in_features]`` -> ``[..., out_features]``.
 
@@ -84,6 +86,7 @@ class HALLinear(AdaptedLayer, nn.Linear):
     """
 
     mask: torch.Tensor
+    _grams: tuple[list[torch.Tensor], tuple[Any, ...]] | None = None
 
     def __init__(
         self,
@@ -157,8 +160,7 @@ class HALLinear(AdaptedLayer, nn.Linear):
     def _own_arguments(self) -> tuple[LayerFactors, dict[str, Any]]:
         # Through the attributes it takes longer than the product with the mask.
         own: dict[str, Any] = self._parameters
-        return (own["p"], own["lam"], own["q"]), {
-            "mask": self._buffers["mask"],
+        return (own["p"], own["lam"] * self._buffers["mask"], own["q"]), {
             "scaling": self.scaling,
             "dropout": self.dropout if self.training else 0.0,
             "tangent": 0.0,
@@ -174,15 +176,26 @@ class HALLinear(AdaptedLayer, nn.Linear):
             y = slot.shared_input.output(self, input, factors, **options)
             if y is not None:
                 return y
-        weight = self.weight
-        if options["dropout"] == 0.0 and fits(input, weight):
-            p, lam, q = factors
-            if slot is None:
-                lam = lam * options["mask"]
-            return svd_linear_of_layer(
-                input, weight, self.bias, p, lam, q, options["scaling"], options["tangent"]
-            )
-        return svd_linear(input, weight, self.bias, *factors, **options)
+        if slot is None and self.training and input.is_cuda and not torch.compiler.is_compiling():
+            grams: list[torch.Tensor] = []
+            y = layer_output(input, self.weight, self.bias, *factors, **options, grams=grams)
+            self._grams = grams, self._versions()
+            return y
+        return layer_output(input, self.weight, self.bias, *factors, **options)
+
+    @property
+    def penalty(self) -> torch.Tensor:
+        if self._hal is not None:
+            raise RuntimeError("a patched model has one penalty: hal_kernels.penalty(model)")
+        grams, versions = self._grams or ([], None)
+        return layer_penalty(self.p, self.q, grams if versions == self._versions() else [])
+
+    def _versions(self) -> tuple[Any, ...]:
+        """What changes with P and Q."""
+        return tuple((id(t), t.data_ptr(), t._version) for t in (self.p, self.q))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {n: v for n, v in self.__dict__.items() if n != "_grams"}
 
     def extra_repr(self) -> str:
         rank = self.p.shape[0] if self._hal is None else _rank_in(self._hal)
@@ -206,7 +219,7 @@ class _Conv1DForward(_MadeClass):
         if found is None:
             return super().forward(x)
         factors, options = found
-        return svd_linear(x, self.weight.t(), self.bias, *factors, **options)  # type: ignore[operator, arg-type]
+        return layer_output(x, self.weight.t(), self.bias, *factors, **options)  # type: ignore[operator, arg-type]
 
 
 class _ForeignForward(_MadeClass):
@@ -218,7 +231,7 @@ class _ForeignForward(_MadeClass):
         if found is None:
             return y
         factors, options = found
-        return svd_adapter_add(y, x, *factors, **options)
+        return layer_output(x, None, y, *factors, **options)
 
 
 @functools.cache

@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..ops.svd_linear import fits
-from ..ops.svd_linear_group import svd_linear_group, svd_linear_group_of_layers
+from ..ops.svd_linear import group_outputs
 from .packed import LayerFactors
 from .threads import PerThread
 
@@ -130,13 +129,7 @@ class SharedInput:
         weights = [layer.weight for layer in self.layers]
         biases = [layer.bias for layer in self.layers]
         p, lam, q = (list(part) for part in zip(*every, strict=True))
-        if fits(x, leader.weight):
-            # The others' weights have the leader's dtype and device, or they were not ready.
-            outputs = svd_linear_group_of_layers(x, weights, biases, p, lam, q, scaling, tangent)
-        else:
-            outputs = svd_linear_group(
-                x, weights, biases, p, lam, q, scaling=scaling, tangent=tangent
-            )
+        outputs = group_outputs(x, weights, biases, p, lam, q, scaling, tangent)
         first, *others = outputs
         keys = [_key(layer, own) for layer, own in zip(self.layers, every, strict=True)]
         self._calls.mine.waiting = _Waiting(x, dict(enumerate(others, start=1)), keys)

@@ -15,10 +15,14 @@ from .rank_allocation import (
     update_importance_reference,
 )
 from .spectral_step import spectral_step_, spectral_step_reference
-from .svd_adapter_add import svd_adapter_add, svd_adapter_add_reference
-from .svd_linear import svd_linear, svd_linear_reference
-from .svd_linear_group import svd_linear_group, svd_linear_group_reference
-from .svd_linear_penalty import svd_linear_penalty, svd_linear_penalty_reference
+from .svd_linear import (
+    svd_adapter_add,
+    svd_adapter_add_reference,
+    svd_linear,
+    svd_linear_group,
+    svd_linear_group_reference,
+    svd_linear_reference,
+)
 
 __all__ = [
     "Slots",
@@ -35,8 +39,6 @@ __all__ = [
     "svd_linear",
     "svd_linear_group",
     "svd_linear_group_reference",
-    "svd_linear_penalty",
-    "svd_linear_penalty_reference",
     "svd_linear_reference",
     "update_importance_",
     "update_importance_reference",

@@ -1,11 +1,11 @@
 """How every operator of this package is registered with torch.library.
 
-An operator's file calls `define` once with its schema and its three device-independent parts. The
-default implementation, in plain PyTorch, sits under CompositeExplicitAutograd and so serves every
-device; a faster backend registers the same operator under its own dispatch key (``CPU`` for csrc,
-``CUDA`` for Triton), which the dispatcher prefers. Nothing else has to change for it.
+The default implementation, in plain PyTorch, sits under CompositeExplicitAutograd and so serves
+every device; a faster backend registers the same operator under its own dispatch key (``CPU`` for
+csrc, ``CUDA`` for Triton), which the dispatcher prefers. Nothing else has to change for it.
 """
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -14,13 +14,38 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from ._autograd import attach_gradient
+from torch.autograd.function import once_differentiable
 
 NAMESPACE = "hal"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 TRITON: dict[str, Callable[..., Any]] = {}
 """Operator -> its Triton implementation, where there is one (also without triton and a GPU)."""
+
+
+def register(
+    schema: str,
+    *,
+    default: Callable[..., Any],
+    fake: Callable[..., Any] | None,
+    cuda: Callable[..., Any] | None = None,
+) -> Any:
+    """Register one operator that is called below autograd: schema, backends and shape function.
+
+    Args:
+        schema: what ``Library.define`` takes, e.g. ``"name(Tensor x) -> Tensor"``.
+        default: implementation for every device.
+        cuda: implementation in Triton, for CUDA and ROCm devices, with the default's signature. It
+            imports its kernels when it is first called; where triton is missing the default serves.
+        fake: returns empty outputs from input shapes; None for operators that return nothing.
+
+    Returns:
+        The operator, to be called with positional arguments, in an `autograd.Function` or where
+        no gradient is wanted. Autograd passes it by.
+    """
+    operator = _registered(schema, default, fake, cuda)
+    # Without a kernel there, torch looks for gradients at every call.
+    _LIBRARY.impl(operator._opname, torch.library.fallthrough_kernel, "Autograd")
+    return operator
 
 
 def define(
@@ -32,51 +57,81 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     first_only: bool = False,
-) -> Callable[..., Any]:
-    """Register one operator: schema, default backend, shape function and gradient.
+) -> Any:
+    """Register an operator, as `register` does, with its gradient.
 
     Args:
-        schema: what ``Library.define`` takes, e.g. ``"name(Tensor x) -> Tensor"``.
-        default: implementation for every device, run below autograd.
-        cuda: implementation in Triton, for CUDA and ROCm devices, with the default's signature. It
-            imports its kernels when it is first called; where triton is missing the default serves.
-        fake: returns empty outputs from input shapes; None for operators that return nothing.
         setup_context, backward: as for `torch.library.register_autograd`. Operators that *are* a
-            gradient, or that only update state, pass none: differentiating through them raises.
+            gradient pass none: differentiating through them raises. Those that update state in
+            place have no gradient either.
         first_only: of several outputs only the first has a gradient. Autograd would fill zeros for
             each of the others, one launch a layer.
-
-    Returns:
-        The operator, to be called with positional arguments.
     """
+    operator = _registered(schema, default, fake, cuda)
+
+    name: str = operator._opname
+    differentiate = without_autocast(backward or _no_gradient(name))
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+        if first_only:
+            ctx.set_materialize_grads(False)
+            lists = [isinstance(i, list) and all(map(torch.is_tensor, i)) for i in inputs]
+            ctx.no_gradients = tuple(
+                [None] * len(i) if is_list else None
+                for i, is_list in zip(inputs, lists, strict=True)
+            )
+
+    def gradients(ctx: Any, *upstream: Any) -> Any:
+        if first_only and upstream[0] is None:
+            return ctx.no_gradients
+        return differentiate(ctx, *upstream)
+
+    if not operator._schema.is_mutable:
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", gradients, setup_context=setup, lib=_LIBRARY
+        )
+    return operator
+
+
+def _registered(
+    schema: str,
+    default: Callable[..., Any],
+    fake: Callable[..., Any] | None,
+    cuda: Callable[..., Any] | None,
+) -> Any:
     name = schema.split("(", 1)[0]
-    qualified = f"{NAMESPACE}::{name}"
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _without_autocast(default), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, without_autocast(default), "CompositeExplicitAutograd")
     if cuda is not None:
         TRITON[name] = cuda
-    if cuda is not None and importlib.util.find_spec("triton") is not None:
-        _LIBRARY.impl(name, _without_autocast(cuda), "CUDA")
-    torch.library.register_fake(qualified, fake or (lambda *args: None), lib=_LIBRARY)
-    operator = getattr(torch.ops.hal, name).default
-    if fake is None:
-        return operator
-    return attach_gradient(
-        _LIBRARY,
-        operator,
-        setup_context or _nothing_saved,
-        _without_autocast(backward or _no_gradient(name)),
-        first_only=first_only,
-    )
+        if importlib.util.find_spec("triton") is not None:
+            _LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake or (lambda *args: None), lib=_LIBRARY)
+    return getattr(torch.ops.hal, name).default
 
 
-def _nothing_saved(ctx: Any, inputs: Any, output: Any) -> None:
-    pass
+def gradient(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` of an `autograd.Function`: for once, and in its inputs' own dtypes.
+
+    Both take time, so they are seen to where gradients of gradients or autocast are on.
+    """
+    careful = once_differentiable(without_autocast(backward))
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            return careful(ctx, *gradients)
+        return backward(ctx, *gradients)
+
+    return run
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` in its inputs' own dtypes, also where autocast surrounds a backward pass."""
 
+    @functools.wraps(function)
     def run(*args: Any) -> Any:
         if not torch._C._is_any_autocast_enabled():
             return function(*args)

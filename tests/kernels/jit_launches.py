@@ -19,10 +19,8 @@ from hal_kernels.kernels import (
     configs,
     orthogonality_penalty,
     rank_allocation,
-    svd_linear,
-    svd_linear_group,
-    svd_linear_penalty,
 )
+from hal_kernels.ops.svd_linear import triton as svd_linear
 
 
 class NoGPU:
@@ -56,26 +54,25 @@ def listen(compiling: bool) -> collections.Counter:
     return found
 
 
-def linear(T, d_in, d_out, r, dtype=torch.bfloat16, dropout=0.1, squared=True):
-    """Every path of the linear layer, also with its penalty."""
-    x, weight = torch.randn(T, d_in).to(dtype), torch.randn(d_out, d_in).to(dtype)
-    p, lam, q = torch.randn(r, d_in), torch.randn(r), torch.randn(r, d_out)
-    seed = torch.tensor(3) if dropout else None
-    rest, bias = (p, lam, q, 0.5, dropout, seed, 0.0), torch.randn(d_out).to(dtype)
+def linear(T, d_in, d_out, r, dtype=torch.bfloat16, dropout=0.1):
+    """Every path of the linear layer."""
+    x, weight = torch.randn(T, d_in).to(dtype), [torch.randn(d_out, d_in).to(dtype)]
+    factors = [torch.randn(r, d_in)], [torch.randn(r)], [torch.randn(r, d_out)]
+    options, bias = (0.5, dropout, torch.tensor(3) if dropout else None), torch.randn(d_out)
     for path in svd_linear.PATHS:
-        y, h = svd_linear.forward(x, weight, bias, *rest, path=path)
+        y, h = svd_linear.forward(x, weight, [bias.to(dtype)], *factors, *options, path=path)
     for path in ("prepare", "add"):
-        svd_linear.backward(y, x, h, weight, *rest, True, True, path=path)
-    svd_linear_penalty.forward(x, weight, bias, *rest[:-1], squared)
+        svd_linear.backward(y, x, h, weight, *factors, *options, 0.0, True, True, path=path)
 
 
 def group(T, d, widths, r):
     x, weights = torch.randn(T, d), [torch.randn(n, d) for n in widths]
-    biases, n = [torch.empty(0)] * len(widths), len(widths)
+    biases, n = [None] * len(widths), len(widths)
     p, lam = (list(torch.randn(n * r, *more).split(r)) for more in ((d,), ()))
     q = [torch.randn(r, n) for n in widths]
-    y, h = svd_linear_group.forward(x, weights, biases, p, lam, q, 0.5, 0.0)
-    svd_linear_group.backward(list(y), x, h, weights, p, lam, q, 0.5, 0.0, True, True)
+    options = (0.5, 0.0, None)
+    y, h = svd_linear.forward(x, weights, biases, p, lam, q, *options)
+    svd_linear.backward(list(y), x, h, weights, p, lam, q, *options, 0.0, True, True)
 
 
 def penalty(*groups):
@@ -106,7 +103,7 @@ def ranks():
 def odd():
     """Where numbers are 1, and become constants."""
     linear(1, 1, 1, 1)
-    linear(300, 5, 1, 1, torch.float32, 0.0, False)
+    linear(300, 5, 1, 1, torch.float32, 0.0)
     group(70, 48, (48, 16), 3)
     group(300, 1, (1, 1, 1), 1)
     penalty((1, 1, 1))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 import warnings
 from collections.abc import Iterator
 
@@ -12,13 +11,13 @@ from ops.tangent_contract import tangent_results
 from ops.util import EXACT as INTERPRETED
 from ops.util import assert_same, bounds, laid_out, values
 
-from hal_kernels.kernels import configs, svd_adapter, svd_linear
+from hal_kernels.kernels import configs
 from hal_kernels.kernels.dropout import fill_keep_
 from hal_kernels.ops import svd_adapter_add_reference, svd_linear_reference
+from hal_kernels.ops._library import TRITON
+from hal_kernels.ops.svd_linear import triton as kernels
 
 from .harness import DEVICE, EXACT, Guarded, launches
-
-svd_adapter_add = importlib.import_module("hal_kernels.kernels.svd_adapter_add")
 
 SCALING = 0.75
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,23 +95,23 @@ def run(operator, inputs, dy, dropout=0.0, name=0, needs=(True, True), tangent=0
     """The same by the launch functions; `paths` are their `path` arguments."""
     named = seed(name) if dropout else None
     factors = [inputs[n] for n in FACTORS]
-    forward = {k: v for k, v in (("path", paths.get("forward")),) if v}
-    backward = {k: v for k, v in (("path", paths.get("backward")),) if v}
-    if operator == "svd_linear":
-        kernels, base = svd_linear, [inputs["weight"]]
-        out, h = kernels.forward(
-            inputs["x"], inputs["weight"], inputs["bias"], *factors, SCALING, dropout, named,
-            tangent, **forward,
-        )  # fmt: skip
+    linear = operator == "svd_linear"
+    weight, base = (inputs["weight"], inputs["bias"]) if linear else (None, inputs["y"])
+    layer = [[t] for t in (weight, base, *factors)]
+    if paths.get("forward"):
+        options = (SCALING, dropout, named)
+        (out,), h = kernels.forward(inputs["x"], *layer, *options, path=paths["forward"])
     else:
-        kernels, base = svd_adapter_add, []
-        out, h = kernels.forward(
-            inputs["y"], inputs["x"], *factors, SCALING, dropout, named, tangent
+        out, h = TRITON["svd_linear"](inputs["x"], weight, base, *factors, SCALING, dropout, named)
+    options = (SCALING, dropout, named, tangent, *needs)
+    if paths.get("backward"):
+        dx, dp, dlam, (dq,) = kernels.backward(
+            [dy], inputs["x"], h, [weight], *layer[2:], *options, path=paths["backward"]
         )
-    gradients = kernels.backward(
-        dy, inputs["x"], h, *base, *factors, SCALING, dropout, named, tangent, *needs, **backward
-    )
-    assert h.dtype == torch.float32
+        gradients = (dx, dp, dlam, dq)
+    else:
+        gradients = TRITON["svd_linear_backward"](dy, inputs["x"], h, weight, *factors, *options)
+    assert h.dtype == (torch.float64 if inputs["x"].dtype == torch.float64 else torch.float32)
     for gradient, of in zip(gradients, ("x", *FACTORS), strict=True):
         assert gradient.dtype == inputs[of].dtype
     return {"out": out, "h": h, **dict(zip(("dx", "dp", "dlam", "dq"), gradients, strict=True))}
@@ -145,25 +144,22 @@ def check(operator, inputs, layout="contiguous", dropout=0.0, coarse=None, tange
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[str]]:
-    """Kernels launched from both files, outputs within bands that stay as they were."""
-    with launches(svd_adapter) as log, launches(svd_linear) as fused, Guarded():
+    """Kernels launched, outputs within bands that stay as they were."""
+    with launches(kernels) as log, Guarded():
         yield log
-    assert set(fused) <= {"fused"}
-    log[:0] = fused
 
 
 @contextlib.contextmanager
-def dispatched(name, kernels) -> Iterator[None]:
-    """On a CPU, `kernels` as that device's implementation of the operator ``hal::name``."""
+def dispatched(name) -> Iterator[None]:
+    """On a CPU, the kernels as that device's implementation of the operator ``hal::name``."""
     if DEVICE == "cuda":
         yield
         return
     library = torch.library.Library("hal", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        library.impl(name, kernels.forward, "CPU", allow_override=True)
-        if hasattr(kernels, "backward"):
-            library.impl(f"{name}_backward", kernels.backward, "CPU", allow_override=True)
+        for each in (name, f"{name}_backward"):
+            library.impl(each, TRITON[each], "CPU", allow_override=True)
     try:
         yield
     finally:

@@ -28,8 +28,8 @@ def variants(*arguments):
 def test_no_number_of_rows_compiles_anything_anew():
     """Twelve of them: the variants are those of one, with and without partial sums."""
     found = variants("rows")
-    partial = {"expand_kernel": 2, "gradients_x_kernel": 2, "expand_gram_kernel": 2}
-    for name in ("shrink_kernel", "gradients_dy_kernel", "shrink_gram_kernel", "finish_kernel"):
+    partial = {"expand_kernel": 2, "gradients_x_kernel": 2}
+    for name in ("shrink_kernel", "gradients_dy_kernel"):
         assert found.pop(name) == 1, name
     # "prepare" and "add" differ; each with one part of h or u, and with several.
     for name in partial:

@@ -6,8 +6,8 @@ import torch
 from ops.tangent_contract import TANGENT
 from ops.util import assert_same, laid_out, values
 
-from hal_kernels.kernels import svd_adapter
 from hal_kernels.ops import svd_adapter_add as operator
+from hal_kernels.ops.svd_linear import triton as kernels
 
 from .harness import DEVICE, Guarded, launches
 from .svd_cases import (
@@ -27,7 +27,6 @@ from .svd_cases import (
     recorded,
     run,
     seed,
-    svd_adapter_add,
     upstream,
 )
 
@@ -118,7 +117,7 @@ def test_launch_budget():
     """Two launches forward and three backward, and nothing else."""
     inputs = make(70, dtype=torch.bfloat16, factors=torch.float32)
     dy = upstream(inputs)
-    with launches(svd_adapter) as log, Guarded() as guarded:
+    with launches(kernels) as log, Guarded() as guarded:
         run("svd_adapter_add", inputs, dy, 0.3, 4)
     assert log == [*SHRINK_EXPAND, *ONE_BLOCK, "reduce"]
     assert guarded.calls == []
@@ -127,23 +126,16 @@ def test_launch_budget():
 @pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"rank": 0}])
 def test_what_the_default_implementation_computes(options):
     inputs = make(**options)
-    dy, factors = upstream(inputs), [inputs[n] for n in FACTORS]
+    dy = upstream(inputs)
     with recorded() as log:
-        out, h = svd_adapter_add.forward(
-            inputs["y"], inputs["x"], *factors, SCALING, 0.0, None, 0.0
-        )
-        gradients = svd_adapter_add.backward(
-            dy, inputs["x"], h, *factors, SCALING, 0.0, None, 0.0, True, True
-        )
+        out = run("svd_adapter_add", inputs, dy)
     assert log == []
-    ref = expected("svd_adapter_add", inputs, dy)
-    names = ("out", "dx", "dp", "dlam", "dq")
-    assert_same(dict(zip(names, (out, *gradients), strict=True)), {n: ref[n] for n in names}, 1e-5)
+    assert_same(out, expected("svd_adapter_add", inputs, dy), 1e-5)
 
 
 @pytest.fixture
 def through_the_operator():
-    with dispatched("svd_adapter_add", svd_adapter_add):
+    with dispatched("svd_linear"):
         yield
 
 
@@ -165,16 +157,14 @@ def test_autograd(through_the_operator):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_opcheck(through_the_operator, dropout):
     inputs = make(6, d_in=16, d_out=32, dtype=torch.bfloat16, factors=torch.float32)
-    tensors = [inputs[n] for n in ("y", "x", *FACTORS)]
-    more = (SCALING, dropout, seed(2) if dropout else None, 0.0)
+    y, x, *factors = (inputs[n] for n in ("y", "x", *FACTORS))
+    more = (SCALING, dropout, seed(2) if dropout else None)
     h = torch.randn(6, 3, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.hal.svd_adapter_add_backward.default,
-        (upstream(inputs), tensors[1], h, *tensors[2:], *more, True, True),
+        torch.ops.hal.svd_linear_backward.default,
+        (upstream(inputs), x, h, None, *factors, *more, 0.0, True, True),
     )
-    for tensor in tensors:
-        tensor.requires_grad_()
-    torch.library.opcheck(torch.ops.hal.svd_adapter_add.default, (*tensors, *more))
+    torch.library.opcheck(torch.ops.hal.svd_linear.default, (x, None, y, *factors, *more))
 
 
 @pytest.mark.gpu

@@ -5,9 +5,10 @@ import torch
 from ops.tangent_contract import TANGENT, tangent_results
 from ops.util import assert_same, laid_out, values
 
-from hal_kernels.kernels import svd_adapter, svd_linear, svd_linear_group
 from hal_kernels.ops import svd_linear_group as operator
 from hal_kernels.ops import svd_linear_group_reference
+from hal_kernels.ops._library import TRITON
+from hal_kernels.ops.svd_linear import triton as kernels
 
 from .harness import DEVICE, Guarded, launches
 from .svd_cases import DTYPES, LARGE, SCALING, allowed, dispatched, gpu_like
@@ -69,12 +70,13 @@ def expected(inputs, dy, dtype=torch.float64, tangent=0.0):
 
 def run(inputs, dy, needs=(True, True), tangent=0.0):
     """The same by the launch functions."""
-    bias = [inputs["x"].new_empty(0) if b is None else b for b in inputs["bias"]]
     factors = [inputs[n] for n in NAMES]
-    more = (SCALING, tangent)
-    outputs, h = svd_linear_group.forward(inputs["x"], inputs["weight"], bias, *factors, *more)
-    dx, dp, dlam, dq = svd_linear_group.backward(
-        dy, inputs["x"], h, inputs["weight"], *factors, *more, *needs
+    more = (SCALING, 0.0, None)
+    outputs, h = TRITON["svd_linear_group"](
+        inputs["x"], inputs["weight"], inputs["bias"], *factors, *more
+    )
+    dx, dp, dlam, dq = TRITON["svd_linear_group_backward"](
+        dy, inputs["x"], h, inputs["weight"], *factors, *more, tangent, *needs
     )
     named = {"h": h, "dx": dx, "dp": dp, "dlam": dlam}
     named |= {f"y{i}": y for i, y in enumerate(outputs)}
@@ -88,19 +90,19 @@ def check(inputs, dy=None, layout="contiguous", tangent=0.0):
         "bias": [torch.zeros(w.shape[0], device=DEVICE) if b is None else b
                  for b, w in zip(inputs["bias"], inputs["weight"], strict=True)]
     }  # fmt: skip
-    with launches(svd_adapter) as log, launches(svd_linear) as fused, Guarded():
+    with launches(kernels) as log, Guarded():
         out = run(inputs, dy, tangent=tangent)
     ref, dtype = expected(inputs_of_formula, dy, tangent=tangent), inputs["x"].dtype
     plain = None if dtype == torch.float32 else expected(inputs_of_formula, dy, dtype, tangent)
     assert_same(out, ref, allowed(dtype, plain, ref))
-    return fused + log
+    return log
 
 
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch):
     """Few programs, for the interpreter; and no fused path unless a test wants it."""
     gpu_like(monkeypatch, svd=LARGE)
-    monkeypatch.setattr(svd_linear_group, "tile_of_fused", lambda *args: None)
+    monkeypatch.setattr(kernels, "tile_of_fused", lambda *args, **_: None)
 
 
 EXPANDED = ["shrink", *["expand"] * 3]
@@ -151,15 +153,15 @@ def test_gemm_first_or_last(monkeypatch, prepare):
     import dataclasses
 
     gpu_like(monkeypatch, svd=LARGE)
-    gpu = dataclasses.replace(svd_adapter.architecture_of(None), prepare=prepare)
-    monkeypatch.setattr(svd_linear_group, "architecture_of", lambda device: gpu)
+    gpu = dataclasses.replace(kernels.architecture_of(None), prepare=prepare)
+    monkeypatch.setattr(kernels, "architecture_of", lambda device: gpu)
     check(make(20))
 
 
 @pytest.mark.parametrize("without", [(), (1,), (0, 2)])
 def test_fused(monkeypatch, without):
     """One launch a layer, which writes its columns of h."""
-    monkeypatch.setattr(svd_linear_group, "tile_of_fused", lambda *args: LARGE[128].fused[0])
+    monkeypatch.setattr(kernels, "tile_of_fused", lambda *args, **_: LARGE[128].fused[0])
     inputs = make(40, ranks=(3, 5, 8))
     for i in without:
         inputs["bias"][i] = None
@@ -215,7 +217,7 @@ def test_equal_inputs_give_equal_bits():
 def test_factors_are_not_copied():
     inputs = make(20)
     dy = upstream(inputs)
-    with launches(svd_adapter), Guarded() as guard:
+    with launches(kernels), Guarded() as guard:
         run(inputs, dy)
     assert set(guard.calls) == {"addmm_"}
 
@@ -224,7 +226,7 @@ def test_the_operator_runs_them():
     inputs = make(20)
     leaves = inputs | {"x": inputs["x"].requires_grad_()}
     leaves["q"] = [q.requires_grad_() for q in inputs["q"]]
-    with dispatched("svd_linear_group", svd_linear_group), launches(svd_adapter) as log:
+    with dispatched("svd_linear_group"), launches(kernels) as log:
         outputs = operator(**leaves, scaling=SCALING)
         torch.cat(outputs, -1).sum().backward()
     assert log == EXPANDED + BACKWARD

@@ -13,10 +13,9 @@ from hal_kernels.kernels import (
     importance_scores,
     orthogonality_penalty,
     rank_allocation,
-    svd_adapter,
-    svd_linear,
-    svd_linear_penalty,
 )
+from hal_kernels.ops.svd_linear import default as svd_default
+from hal_kernels.ops.svd_linear import triton as svd_kernels
 from tools import traffic
 from tools.traffic import Traffic
 
@@ -24,10 +23,7 @@ from .harness import DEVICE
 from .svd_cases import LARGE, gpu_like, make
 
 # Behind the functions of the same names.
-linear_op, penalty_op = (
-    importlib.import_module(f"hal_kernels.ops.{name}")
-    for name in ("svd_linear", "orthogonality_penalty")
-)
+penalty_op = importlib.import_module("hal_kernels.ops.orthogonality_penalty")
 
 
 @contextlib.contextmanager
@@ -109,19 +105,19 @@ def test_bytes_of_the_adapter(monkeypatch, dtype):
     T, d_in, d_out, r = 200, 256, 144, 3
     i, width = make(T, d_in, d_out, r, dtype, torch.float32), dtype.itemsize
     dy, y = torch.randn(T, d_out).to(dtype), torch.empty(T, d_out, dtype=dtype)
-    parts = svd_adapter.shrink(i["x"], i["p"])
+    parts = svd_kernels.shrink(i["x"], i["p"])
     c = len(parts)
     assert c == 2
-    assert measured(lambda: svd_adapter.shrink(i["x"], i["p"])) == moved(
+    assert measured(lambda: svd_kernels.shrink(i["x"], i["p"])) == moved(
         traffic.shrink(T, d_in, r, width=width, splits=c)
     )
-    h = svd_adapter.total_of(parts)
+    h = svd_kernels.total_of(parts)
     for base in (None, y):
         assert measured(
-            lambda: svd_adapter.expand_(y, parts, i["lam"], i["q"], 1.0, h_sum=h, base=base)  # noqa: B023
+            lambda: svd_kernels.expand_(y, parts, i["lam"], i["q"], 1.0, h_sum=h, base=base)  # noqa: B023
         ) == moved(traffic.expand(T, d_out, r, width=width, splits=c, base=base is not None))
     u = torch.empty(2, T, r)
-    found = measured(lambda: svd_adapter.gradients_dy(dy, h, u, i["lam"], i["q"], 1.0))
+    found = measured(lambda: svd_kernels.gradients_dy(dy, h, u, i["lam"], i["q"], 1.0))
     part = traffic.gradients_dy(T, d_out, r, width=width, splits=2, parts=2, blocks=2)
     # The sums in memory are written once a block of rows, to the same addresses.
     assert found == [(part.read, part.written - 2 * r * d_out * 4)]
@@ -129,14 +125,14 @@ def test_bytes_of_the_adapter(monkeypatch, dtype):
     for add in (False, True):
         found = measured(
             lambda: sums.append(
-                svd_adapter.gradients_x(i["x"], h, u, i["p"], i["lam"], 1.0, dx=dx, add=add)  # noqa: B023
+                svd_kernels.gradients_x(i["x"], h, u, i["p"], i["lam"], 1.0, dx=dx, add=add)  # noqa: B023
             )
         )
         assert found == moved(
             traffic.gradients_x(T, d_in, r, width=width, splits=2, parts=2, add=add)
         )
     dq = torch.randn(2, r, d_out)
-    found = measured(lambda: svd_adapter.reduce([*sums[0], dq], [i["p"], i["lam"], i["q"]]))
+    found = measured(lambda: svd_kernels.reduce([*sums[0], dq], [i["p"], i["lam"], i["q"]]))
     assert found == moved(traffic.reduce(d_in, d_out, r, splits=2, splits_q=2))
 
 
@@ -147,7 +143,7 @@ def test_bytes_of_the_adapter_of_a_high_rank(monkeypatch):
     T, d, r = 130, 144, 40
     i, h, u = make(T, 64, d, r), torch.randn(T, r), torch.empty(2, T, r)
     dy = torch.randn(T, d)
-    found = measured(lambda: svd_adapter.gradients_dy(dy, h, u, i["lam"], i["q"], 1.0))
+    found = measured(lambda: svd_kernels.gradients_dy(dy, h, u, i["lam"], i["q"], 1.0))
     part = traffic.gradients_dy(T, d, r, width=4, splits=2, parts=2, apart=True)
     assert found == [(part.read - T * d * 4, part.written)]
 
@@ -157,15 +153,18 @@ def test_bytes_of_the_fused_layer_and_of_its_penalty(monkeypatch):
     gpu_like(monkeypatch, svd=LARGE, multiprocessors=4, column_parts=2)
     T, d_in, d_out, r = 70, 96, 200, 3
     i = make(T, d_in, d_out, r)
-    arguments = (i["x"], i["weight"], None, i["p"], i["lam"], i["q"], 1.0, 0.0, None, 0.0)
-    assert measured(lambda: svd_linear.forward(*arguments, path="fused")) == moved(
+    layer = ([t] for t in (i["weight"], None, i["p"], i["lam"], i["q"]))
+    arguments = (i["x"], *layer, 1.0, 0.0, None)
+    assert measured(lambda: svd_kernels.forward(*arguments, path="fused")) == moved(
         traffic.fused(T, d_in, d_out, r, width=4)
     )
-    sizes = {"width": 4, "splits": 2}
-    assert measured(lambda: svd_linear_penalty.forward(*arguments[:-1], True)) == moved(
+    grams, sizes = [], {"width": 4, "splits": 2}
+    assert measured(lambda: svd_kernels.forward(*arguments, grams=grams)) == moved(
         traffic.shrink(T, d_in, r, **sizes) + traffic.gram(d_in, r, splits=2),
         traffic.expand(T, d_out, r, **sizes) + traffic.gram(d_out, r, splits=2),
-        traffic.finish(r, splits_p=2, splits_q=2),
+    )
+    assert measured(lambda: svd_kernels.penalty_of(grams)) == moved(
+        traffic.finish(r, splits_p=2, splits_q=2)
     )
 
 
@@ -216,17 +215,15 @@ def test_flops():
     """Against the products of the implementations in plain PyTorch."""
     T, d_in, d_out, r = 20, 48, 32, 3
     i = make(T, d_in, d_out, r)
-    factors, dy = (i["p"], i["lam"], i["q"]), torch.randn(T, d_out)
-    more = (1.0, 0.0, None, 0.0)
-    assert (
-        flops_of(lambda: linear_op._forward(i["x"], i["weight"], None, *factors, *more))
-        == (
-            traffic.gemm(T, d_in, d_out) + traffic.shrink(T, d_in, r) + traffic.expand(T, d_out, r)
-        ).flops
-    )
+    weight, *factors = ([i[n]] for n in ("weight", "p", "lam", "q"))
+    dy, more = torch.randn(T, d_out), (1.0, 0.0, None)
+    forward = traffic.gemm(T, d_in, d_out) + traffic.shrink(T, d_in, r)
+    forward += traffic.expand(T, d_out, r)
+    found = flops_of(lambda: svd_default.forward(i["x"], weight, [None], *factors, *more))
+    assert found == forward.flops
     h = torch.randn(T, r)
     found = flops_of(
-        lambda: linear_op._backward_default(dy, i["x"], h, i["weight"], *factors, *more, True, True)
+        lambda: svd_default.backward([dy], i["x"], h, weight, *factors, *more, 0.0, True, True)
     )
     gradients = traffic.gradients_dy(T, d_out, r) + traffic.gradients_x(T, d_in, r)
     assert found == (traffic.gemm(T, d_out, d_in) + gradients).flops

@@ -6,6 +6,8 @@
 import pytest
 import torch
 
+import hal_kernels.ops  # noqa: F401  (registers torch.ops.hal)
+
 from .util import DEVICE, assert_same, bounds, laid_out, results, values
 
 FACTORS = ("p", "lam", "q")
@@ -35,7 +37,8 @@ class AdapterCases:
     names = ()  # arguments with a gradient, in order; the factors are the last three
     base = ()  # those of them that are the base layer's (not x, not factors)
     rows = ()  # those of them that have T rows
-    packet = backward = None  # torch.ops.hal.*
+    packet = torch.ops.hal.svd_linear
+    backward = torch.ops.hal.svd_linear_backward
 
     def make(self, leading=(5,), d_in=12, d_out=7, rank=3, dtype=torch.float32, factors=None):
         """Inputs by name: activations of order 1, weights that keep them so."""

@@ -6,8 +6,8 @@ With h = dropout(x)·P and u = dy·Qᵀ, those of P and Q are c·uᵀdropout(x) 
 import pytest
 import torch
 
-from .adapter_cases import DTYPES, FACTORS, LAYOUTS, SCALING, AdapterCases, make_mask, seed
-from .util import CountCalls, assert_same, bounds, laid_out, results, values
+from .adapter_cases import DTYPES, LAYOUTS, AdapterCases, make_mask, seed
+from .util import CountCalls, assert_same, bounds, laid_out, results
 
 TANGENT = 2.0**-12  # a power of two, so small that 16-bit operands scaled by it would show
 
@@ -110,16 +110,8 @@ class TangentContract(AdapterCases):
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_opcheck_of_tangent_gradients(self, dtype, dropout):
         inputs = self.make((2, 3), dtype=dtype, factors=torch.float32)
-        *_, named, _ = self.arguments(inputs, dropout)
-        base = [inputs[n] for n in self.base if n == "weight"]
-        first = (self.upstream(inputs), inputs["x"], values(6, 3), *base)
-        torch.library.opcheck(
-            self.backward.default,
-            (*first, *(inputs[n] for n in FACTORS), SCALING, dropout, named, TANGENT, True, True),
-        )
-        for tensor in inputs.values():
-            tensor.requires_grad_(tensor is not inputs["lam"])
-        torch.library.opcheck(self.packet.default, self.arguments(inputs, dropout, TANGENT))
+        arguments = self.arguments_backward(inputs, (True, True), dropout, TANGENT)
+        torch.library.opcheck(self.backward.default, arguments)
 
     def test_compile_tangent_gradients(self):
         wanted = [n for n in self.names if n != "lam"]

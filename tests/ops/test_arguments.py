@@ -33,7 +33,6 @@ CASES = {
         "mask": mask, "seed": seed, "dropout": 0.5, "scaling": 0.5, "tangent": 0.5,
     },
     "svd_linear_group": grouped | {"scaling": 0.5},
-    "svd_linear_penalty": layer() | {"mask": mask, "scaling": 0.5},
     "svd_adapter_add": adapter | {
         "y": torch.randn(T, D_OUT), "seed": seed, "dropout": 0.5, "scaling": 0.5,
     },

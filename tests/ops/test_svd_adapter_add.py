@@ -18,8 +18,6 @@ class TestSvdAdapterAdd(AdapterContract):
     names = ("y", "x", *FACTORS)
     base = ("y",)
     rows = ("y", "x")
-    packet = torch.ops.hal.svd_adapter_add
-    backward = torch.ops.hal.svd_adapter_add_backward
 
     def test_reference_adds_the_dense_update(self):
         """The formula itself: y + s·x(P diag(Λ) Q)."""
@@ -72,6 +70,11 @@ class TestSvdAdapterAdd(AdapterContract):
         plain = results(under(self.formula()), inputs, dy)
         assert out["out"].dtype == dtype
         assert_same(out, ref, bounds(dtype, plain, ref))
+
+    def test_compile_with_x_as_the_base_output(self):
+        inputs = self.make(d_out=12)
+        del inputs["y"]
+        self.check_compiled(lambda x, **factors: svd_adapter_add(x, x, **factors), inputs)
 
     @given(st.data())
     def test_random_shapes_and_options(self, data):

@@ -18,8 +18,6 @@ class TestSvdLinear(AdapterContract):
     names = ("x", "weight", "bias", *FACTORS)
     base = ("weight", "bias")
     rows = ("x",)
-    packet = torch.ops.hal.svd_linear
-    backward = torch.ops.hal.svd_linear_backward
 
     def test_reference_is_the_merged_layer(self):
         """The formula itself: y = x(W + s·Qᵀdiag(Λ)Pᵀ)ᵀ + b."""

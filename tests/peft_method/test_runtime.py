@@ -204,15 +204,12 @@ def test_hooks_of_the_base_layer_are_run():
 def test_siblings_compute_as_one(monkeypatch):
     """q, k and v, gate and up: one call each, of the one active adapter, and not while merged."""
     calls = []
-    for name in ("svd_linear_group_of_layers", "svd_linear_group"):
-        original = getattr(shared_input, name)
-        monkeypatch.setattr(
-            shared_input,
-            name,
-            lambda *args, _original=original, **kw: (
-                calls.append(len(args[1])) or _original(*args, **kw)
-            ),
-        )
+    original = shared_input.group_outputs
+    monkeypatch.setattr(
+        shared_input,
+        "group_outputs",
+        lambda *args: calls.append(len(args[1])) or original(*args),
+    )
     model = LLAMA.adapted()
     zoo.perturb(model)
     batch = LLAMA.batch(model.get_base_model())
