@@ -40,10 +40,13 @@ BUDGET = {
     "penalty backward": 1,
     "hypernetworks forward": 48,
     "hypernetworks backward": 80,
-    "importance and allocation": 6,
+    "importance and allocation": 10,
     "spectral step": 10,
 }
-BUDGETS = {"hal-spectral": BUDGET | {"importance and allocation": 15}}  # dΛ is made of K and Q
+BUDGETS = {
+    "hal-direct": BUDGET | {"importance and allocation": 24},  # "ema": averages, a mean a width
+    "hal-spectral": BUDGET | {"importance and allocation": 20},  # dΛ is made of K and Q
+}
 SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"}
 FREE = {"detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "alias", "set_", *SYNCS}
 

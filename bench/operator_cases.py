@@ -204,64 +204,6 @@ def penalty_case(matrices: int, r: int, d: int, device: torch.device) -> Case:
     )
 
 
-def allocation_cases(rows: int, d: int, device: torch.device) -> Iterator[Case]:
-    """Moving averages, scores, and the smallest of them; nothing of it has a gradient."""
-    shapes = ((rows, d), (rows,), (rows, d))
-    state = [
-        [normal(*shape, dtype=torch.float32, device=device).abs() for shape in shapes]
-        for _ in range(4)
-    ]
-    elements, inputs = (
-        rows * (2 * d + 1),
-        {"scores": normal(rows, dtype=torch.float32, device=device)},
-    )
-    order = torch.arange(rows, device=device)
-
-    def updated(i: Inputs) -> Outputs:
-        copies = [t.clone() for t in (*state[0], *state[1])]
-        ops.update_importance_(copies[:3], copies[3:], state[2], state[3])
-        return copies
-
-    def updated_formula(i: Inputs) -> Outputs:
-        pairs = [ops.update_importance_reference(*group) for group in zip(*state, strict=True)]
-        return [one for one, _ in pairs] + [other for _, other in pairs]
-
-    # Calls that are repeated have to agree, so each updates a copy of the averages.
-    copied = traffic.Traffic(2 * elements * 4, 2 * elements * 4)
-    yield Case(
-        "update_importance_",
-        f"R={rows} d={d}",
-        updated,
-        updated_formula,
-        inputs,
-        traffic.importance(elements) + copied,
-    )
-
-    def scored(function: Callable[..., torch.Tensor]) -> Function:
-        return lambda i: function(state[0], state[1], order, order, count_p=1)
-
-    yield Case(
-        "importance_scores",
-        f"R={rows} d={d}",
-        scored(ops.importance_scores),
-        scored(ops.importance_scores_reference),
-        inputs,
-        traffic.importance_scores(elements, rows),
-    )
-
-    def pruned(function: Callable[..., torch.Tensor]) -> Function:
-        return lambda i: function(i["scores"].detach(), rows // 3)
-
-    yield Case(
-        "prune_smallest",
-        f"R={rows}",
-        pruned(ops.prune_smallest),
-        pruned(ops.prune_smallest_reference),
-        inputs,
-        traffic.prune(rows),
-    )
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -275,7 +217,6 @@ def cases(device: torch.device, quick: bool, check: bool) -> Iterator[Case]:
     bf16, fp32 = torch.bfloat16, torch.float32
     small = check or quick
     yield penalty_case(5 if small else 144, 5, 37 if small else 768, device)
-    yield from allocation_cases(77 if small else 1152, 37 if small else 768, device)
     if check:
         for dtype in (fp32, bf16):
             yield svd_linear_case(33, 48, 80, 3, dtype, device)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hal_kernels import ops
+from hal_kernels import backends
 
 from . import quality, training_time
 from .convergence import summary as convergence_summary
@@ -220,7 +220,7 @@ def _mean_and_range(values: Sequence[float | None]) -> str:
 
 def operators() -> Page | None:
     found = newest_each(rows("operators"), "operator", "size")
-    found = [row for row in found if row["operator"] in ops.__all__]  # rows of former ones stay
+    found = [row for row in found if row["operator"] in backends()]  # rows of former ones stay
     if not found:
         return None
     text = "# Operators\n\nForward and backward, median µs; how near the roofline floor.\n"

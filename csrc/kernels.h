@@ -28,9 +28,6 @@ struct Kernels {
                  int64_t r, int64_t d);
   // g += cᵀ·z               c [n, r] dense, z [n, d], g [r, d] dense
   void (*outer)(const T* c, const T* z, int64_t sz, T* g, int64_t n, int64_t r, int64_t d);
-  // Ī ← β₁Ī + (1−β₁)I, Ū ← β₂Ū + (1−β₂)|I − Ī|, I = |v·∇v|
-  void (*importance)(T* smooth, T* uncertain, const T* value, const T* gradient, int64_t n,
-                     double beta1, double beta2);
   // x[j] *= scale where the random word of (seed, row, j) reaches `threshold`, else x[j] *= 0
   void (*drop)(T* x, int64_t d, uint64_t seed, uint64_t row, uint32_t threshold, T scale);
 };

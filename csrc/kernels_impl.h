@@ -167,20 +167,6 @@ HAL_TARGET void outer(const T* c, const T* z, int64_t sz, T* g, int64_t n, int64
 
 // ---- elementwise ----
 
-template <class T>
-HAL_TARGET void importance(T* smooth, T* uncertain, const T* value, const T* gradient, int64_t n,
-                           double beta1, double beta2) {
-  const T b1 = T(beta1), b2 = T(beta2), a1 = T(1 - beta1), a2 = T(1 - beta2);
-  for (int64_t i = 0; i < n; ++i) {
-    const T v = value[i] * gradient[i];
-    const T sensitivity = v < 0 ? -v : v;
-    const T average = b1 * smooth[i] + a1 * sensitivity;
-    const T apart = sensitivity - average;
-    smooth[i] = average;
-    uncertain[i] = b2 * uncertain[i] + a2 * (apart < 0 ? -apart : apart);
-  }
-}
-
 // Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"), 16 counters at once:
 // word w of counter b, lane l of 16, belongs to column 64·b + 16·w + l.
 HAL_INLINE void philox(uint32_t (&w)[4][16], uint64_t seed, uint64_t row, uint32_t group) {
@@ -270,7 +256,7 @@ HAL_TARGET inline void narrow_float16(const float* from, Float16* to, int64_t n)
 }
 
 template <class T>
-constexpr Kernels<T> table = {shrink<T>, expand<T>, outer<T>, importance<T>, drop<T>};
+constexpr Kernels<T> table = {shrink<T>, expand<T>, outer<T>, drop<T>};
 constexpr Conversions conversion_table = {widen_bfloat16, narrow_bfloat16, widen_float16,
                                           narrow_float16};
 

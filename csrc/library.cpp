@@ -22,10 +22,7 @@ __attribute__((visibility("default"), used)) extern const char hal_kernels_schem
     "hal::orthogonality_penalty(Tensor[] factors, Tensor[] offsets, int[] max_ranks, "
     "bool squared, float weight) -> (Tensor, Tensor[])\n"
     "hal::orthogonality_penalty_backward(Tensor dvalue, Tensor[] factors, Tensor[] residuals, "
-    "Tensor[] offsets, int[] max_ranks, bool squared, float weight) -> Tensor[]\n"
-    "hal::update_importance_(Tensor(a!)[] importance, Tensor(b!)[] uncertainty, Tensor[] values, "
-    "Tensor[] gradients, float beta1, float beta2) -> ()\n"
-    "hal::prune_smallest(Tensor scores, int count) -> Tensor\n";
+    "Tensor[] offsets, int[] max_ranks, bool squared, float weight) -> Tensor[]\n";
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hal, CPU, m) {
@@ -35,6 +32,4 @@ STABLE_TORCH_LIBRARY_IMPL(hal, CPU, m) {
   m.impl("svd_linear_group_backward", TORCH_BOX(&hal::svd_linear_group_backward));
   m.impl("orthogonality_penalty", TORCH_BOX(&hal::orthogonality_penalty));
   m.impl("orthogonality_penalty_backward", TORCH_BOX(&hal::orthogonality_penalty_backward));
-  m.impl("update_importance_", TORCH_BOX(&hal::update_importance_));
-  m.impl("prune_smallest", TORCH_BOX(&hal::prune_smallest));
 }

@@ -41,10 +41,4 @@ std::vector<Tensor> orthogonality_penalty_backward(Tensor dvalue, std::vector<Te
                                                    std::vector<int64_t> max_ranks, bool squared,
                                                    double weight);
 
-void update_importance_(std::vector<Tensor> importance, std::vector<Tensor> uncertainty,
-                        std::vector<Tensor> values, std::vector<Tensor> gradients, double beta1,
-                        double beta2);
-
-Tensor prune_smallest(const Tensor& scores, int64_t count);
-
 }  // namespace hal

@@ -20,7 +20,6 @@ import hal_kernels
 OPERATORS = (
     "svd_linear", "svd_linear_backward", "svd_linear_group", "svd_linear_group_backward",
     "orthogonality_penalty", "orthogonality_penalty_backward",
-    "update_importance_", "prune_smallest",
 )  # fmt: skip
 STATE = hal_kernels.backends()["svd_linear"]["cpu"]
 pytestmark = pytest.mark.skipif(STATE.name != "native", reason=STATE.reason)
@@ -90,7 +89,7 @@ def test_backends_says_native_where_a_kernel_is_registered():
     found = hal_kernels.backends()
     assert {n for n, where in found.items() if where["cpu"].name == "native"} == set(OPERATORS)
     assert re.fullmatch(r"\w+\.so, (AVX-512|AVX2|SSE2|NEON|portable)", STATE.reason)
-    assert found["importance_scores"]["cpu"] == ("default", "not written natively")
+    assert found["svd_linear_penalty"]["cpu"] == ("default", "not written natively")
 
 
 def test_the_native_kernel_runs():
@@ -262,17 +261,6 @@ def test_penalty_of_rows_outside_of_every_matrix(squared):
     assert gradient[[0, 6]].eq(0).all() and gradient[1:6].ne(0).all()
 
 
-@pytest.mark.parametrize("state", DTYPES)
-@pytest.mark.parametrize("factors", DTYPES)
-def test_importance_of_any_dtypes(state, factors):
-    shape = (3, 700)  # more than one block of the conversion
-    tensors = [values(*shape, dtype=t) for t in (state, state, factors, factors)]
-    exact = hal_kernels.ops.update_importance_reference(*(t.double() for t in tensors), 0.85, 0.8)
-    HAL.update_importance_(*([t] for t in tensors), 0.85, 0.8)
-    for out, ref in zip(tensors[:2], exact, strict=True):
-        assert relative_error(out, ref) <= 2 * torch.finfo(state).eps
-
-
 # ---- threads -------------------------------------------------------------------------------
 
 
@@ -299,13 +287,7 @@ def penalty_run():
     )  # fmt: skip
 
 
-def importance_run():
-    tensors = [[values(100_001)] for _ in range(4)]
-    HAL.update_importance_(*tensors, 0.85, 0.85)
-    return (tensors[0][0], tensors[1][0])
-
-
-@pytest.mark.parametrize("run", [adapter_run, wide_run, penalty_run, importance_run])
+@pytest.mark.parametrize("run", [adapter_run, wide_run, penalty_run])
 def test_results_do_not_depend_on_threads(run, threads):
     """Equal bits at an equal number of threads; within rounding at another one."""
     results = {}
@@ -350,7 +332,6 @@ for dtype in t.DTYPES:
 for dtype in (torch.bfloat16, torch.float16):
     t.test_every_16_bit_number_survives(dtype)
     t.test_rounding_to_16_bits_is_torch_s(dtype)
-    t.test_importance_of_any_dtypes(torch.float32, dtype)
 t.test_dropout_mask_is_the_same_in_every_layout_and_block()
 print(t.mask_digest())
 """
@@ -436,11 +417,6 @@ GOOD, WEIGHT, PLAIN = adapter(3, 4, 5, 2), torch.ones(5, 4), (1.0, 0.0, None)
             [torch.ones(4, 3)], [torch.tensor([0.0, 4.0])], [4], True, 1.0
         ),
         lambda *_: HAL.orthogonality_penalty([torch.ones(4, 3)], [], [4], True, 1.0),
-        lambda *_: HAL.update_importance_(
-            [torch.ones(3)], [torch.ones(2)], [torch.ones(3)], [torch.ones(3)], 0.5, 0.5
-        ),
-        lambda *_: HAL.update_importance_([torch.ones(3)], [], [], [], 0.5, 0.5),
-        lambda *_: HAL.prune_smallest(torch.ones(3), 4),
     ],
 )
 def test_arguments_that_do_not_fit_are_errors(call):

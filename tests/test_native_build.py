@@ -66,10 +66,9 @@ def garbage(content):
 
 
 def of_another_version(content):
-    changed = content.replace(
-        b"prune_smallest(Tensor scores, int", b"prune_smallest(Tensor scores, Int"
-    )
-    return changed, "it was built for another version of hal_kernels (prune_smallest has changed)"
+    changed = content.replace(b"penalty(Tensor[] factors", b"penalty(tensor[] factors")
+    problem = "it was built for another version of hal_kernels (orthogonality_penalty has changed)"
+    return changed, problem
 
 
 @BUILT
@@ -107,11 +106,11 @@ def test_defects_that_are_found_before_loading(tmp_path):
     assert _defect(Path(sys.executable).resolve().read_bytes()) == (
         "it is not a library of hal_kernels"
     )
-    undecodable = content.replace(b"prune_smallest(", b"prune_smallest\xff")
+    undecodable = content.replace(b"orthogonality_penalty(", b"orthogonality_penalty\xff")
     assert "another version" in _defect(undecodable)
-    known = b"prune_smallest(Tensor scores, int count)"
+    known = b"orthogonality_penalty(Tensor[] factors, "
     assert known in content
-    for other in (b"prune_smallest(Tensor scores, int cOunt)", b"prune_smaLlest(Tensor scores, in"):
+    for other in (b"orthogonality_penalty(Tensor[] faCtors, ", b"orthogonality_penaLty(Tensor[] "):
         changed = content.replace(known, other.ljust(len(known), b" "))
         assert _defect(changed).startswith(
             f"it was built for another version of hal_kernels ({other.split(b'(')[0].decode()}"

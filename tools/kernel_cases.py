@@ -11,16 +11,14 @@ import torch
 
 from hal_kernels.kernels import (
     dropout,
-    importance_scores,
     orthogonality_penalty,
-    rank_allocation,
     spectral_solve,
     spectral_step,
 )
 from hal_kernels.kernels.configs import ARCHITECTURES
 
 from . import svd_cases
-from .cases import POINTERS, Case, make_case
+from .cases import Case, make_case
 
 
 def dropout_cases() -> Iterator[Case]:
@@ -30,28 +28,6 @@ def dropout_cases() -> Iterator[Case]:
         options = {"num_warps": 4, "num_stages": 1}
         yield make_case(
             dropout.keep_kernel, name, pointers, ("scale",), ("*",), dropout.TILE, options
-        )
-
-
-def importance_scores_cases() -> Iterator[Case]:
-    """Averages over five tensors."""
-    n = 5
-    for architecture, dtype in itertools.product(ARCHITECTURES, (torch.float32, torch.bfloat16)):
-        pointer = POINTERS[dtype]
-        types: dict[str, Any] = dict.fromkeys(("importance", "uncertainty"), (pointer,) * n)
-        types |= dict.fromkeys(("starts", "sizes", "widths"), ("i32",) * n)
-        types |= dict.fromkeys(("positions_p", "positions_q"), "*i64")
-        types |= dict.fromkeys(("mask", "scores"), pointer)
-        constants = {"P": 2, "M": n, "BN": importance_scores.COLUMNS}
-        options = {"num_warps": 4, "num_stages": 3}
-        aligned = ("importance", "uncertainty", "widths")
-        yield Case(
-            importance_scores.importance_scores_kernel,
-            types,
-            constants,
-            options,
-            aligned,
-            architecture,
         )
 
 
@@ -87,27 +63,6 @@ def orthogonality_penalty_cases() -> Iterator[Case]:
             options,
             ("norms", "value"),
             arch,
-        )
-
-
-def rank_allocation_cases() -> Iterator[Case]:
-    """Averages in float32 over five tensors, and masks."""
-    n = 5
-    lists = ("importance", "uncertainty", "values", "gradients")
-    for arch, pointer in itertools.product(ARCHITECTURES, ("*fp32", "*bf16")):
-        types: dict[str, Any] = dict.fromkeys(("starts", "sizes"), ("i32",) * n)
-        types |= dict.fromkeys(("beta1", "beta2"), "fp32")
-        types |= dict.fromkeys(lists[:2], ("*fp32",) * n)
-        types |= dict.fromkeys(lists[2:], (pointer,) * n)
-        options = {"num_warps": 4, "num_stages": 3}
-        constants = {"N": n, "BLOCK": rank_allocation.BLOCK}
-        yield Case(
-            rank_allocation._importance_kernel, types, constants, options, (*lists, "sizes"), arch
-        )
-        types = {"scores": pointer, "mask": pointer, "size": "i32", "count": "i32"}
-        constants = {"BT": rank_allocation.ROWS, "BN": rank_allocation.COLUMNS}
-        yield Case(
-            rank_allocation._prune_kernel, types, constants, options, ("scores", "mask"), arch
         )
 
 
@@ -149,9 +104,7 @@ def spectral_step_cases() -> Iterator[Case]:
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "dropout": dropout_cases,
-    "importance_scores": importance_scores_cases,
     "orthogonality_penalty": orthogonality_penalty_cases,
-    "rank_allocation": rank_allocation_cases,
     "spectral_step": spectral_step_cases,
     "svd_linear": svd_cases.cases,
 }

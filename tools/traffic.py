@@ -154,18 +154,3 @@ def penalty_gradient(matrices: int, r: int, d: int, *, factor: int = 4) -> Traff
     """dF ~ RF of matrices of one width."""
     f = matrices * r * d * factor
     return Traffic(f + matrices * r * r * SUM, f, 2 * matrices * r * r * d)
-
-
-def importance(elements: int, *, state: int = 4, factor: int = 4) -> Traffic:
-    """The moving averages of importance and uncertainty, of `state` bytes an element."""
-    return Traffic(elements * 2 * (state + factor), elements * 2 * state)
-
-
-def importance_scores(elements: int, directions: int, *, state: int = 4) -> Traffic:
-    """A score per direction, from both averages of all P, Λ and Q, and the mask."""
-    return Traffic((2 * elements + directions) * state, directions * state)
-
-
-def prune(directions: int, *, width: int = 4) -> Traffic:
-    """The mask of the global k smallest scores; comparing them is no matrix work."""
-    return Traffic(directions * width, directions * width)

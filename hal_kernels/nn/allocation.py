@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import HALConfig
-from ..ops.importance_scores import importance_scores
-from ..ops.rank_allocation import prune_smallest, update_importance_
+from ..ops.rank_allocation import importance_scores, prune_smallest, update_importance_
 from .processes import average_, is_first
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def _update_importance(adapter: "HyperAdapter") -> None:
     update_importance_(
         adapter.packed("importance_").tensors(),
         adapter.packed("uncertainty_").tensors(),
-        [t.detach() for t in adapter.packed().tensors()],
+        adapter.packed().tensors(),
         [torch.zeros_like(t) if t.grad is None else t.grad for t in watched],
         beta1=adapter.config.beta1,
         beta2=adapter.config.beta2,
@@ -131,8 +130,8 @@ def _scores(adapter: "HyperAdapter") -> torch.Tensor:
     The same in every process: σ·∇σ is averaged before its size counts, which gives the score of
     the joined batch; "ema" averages the scores that each process has gathered.
     """
-    kept = adapter.mask if adapter.config.schedule == "fixed" else None
-    if adapter.config.allocation == "ema":
+    method = adapter.config.allocation
+    if method == "ema":
         importance, uncertainty = adapter.packed("importance_"), adapter.packed("uncertainty_")
         scores = importance_scores(
             importance.tensors(),
@@ -140,18 +139,17 @@ def _scores(adapter: "HyperAdapter") -> torch.Tensor:
             adapter.positions_p,
             adapter.positions_q,
             count_p=len(importance.p),
-            mask=kept,
         )
-        average_([scores], adapter.process_group)
-        return scores
-    if adapter.config.allocation == "magnitude":
-        scores = adapter.lam.detach().abs()
-        average_([scores], adapter.process_group)
+    elif method == "magnitude":
+        scores = adapter.lam.abs()
     else:
-        scores = adapter.lam.detach() * lam_gradient(adapter)
-        average_([scores], adapter.process_group)
-        scores = scores.abs()
-    return scores if kept is None else scores.masked_fill_(kept == 0, -torch.inf)
+        scores = adapter.lam * lam_gradient(adapter)
+    average_([scores], adapter.process_group)
+    if method == "sensitivity":
+        scores.abs_()
+    if adapter.config.schedule == "fixed":
+        scores.masked_fill_(adapter.mask == 0, -math.inf)
+    return scores
 
 
 def lam_gradient(adapter: "HyperAdapter") -> torch.Tensor:

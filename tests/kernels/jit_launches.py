@@ -18,7 +18,6 @@ from triton.runtime.jit import JITFunction
 from hal_kernels.kernels import (
     configs,
     orthogonality_penalty,
-    rank_allocation,
 )
 from hal_kernels.ops.svd_linear import triton as svd_linear
 
@@ -84,12 +83,6 @@ def penalty(*groups):
     orthogonality_penalty.backward(value, factors, residuals, *rest)
 
 
-def allocation(*sizes):
-    lists = [[torch.rand(n) for n in sizes] for _ in range(4)]
-    rank_allocation.update_importance(*lists, 0.85, 0.85)
-    rank_allocation.prune_smallest(torch.rand(sizes[0]), 1)
-
-
 def rows():
     for T in (2048, 1, 15, 16, 17, 100, 512, 513, 1000, 4096, 4097, 20000):
         linear(T, 768, 768, 3)
@@ -108,8 +101,6 @@ def odd():
     group(300, 1, (1, 1, 1), 1)
     penalty((1, 1, 1))
     penalty((2, 1, 1), (16, 1, 16), (1, 3, 7))
-    allocation(1)
-    allocation(1024, 1, 16)
 
 
 if __name__ == "__main__":

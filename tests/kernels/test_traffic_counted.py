@@ -6,13 +6,10 @@ import importlib
 
 import pytest
 import torch
-from ops.test_importance_scores import make as score_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hal_kernels.kernels import (
-    importance_scores,
     orthogonality_penalty,
-    rank_allocation,
 )
 from hal_kernels.ops.svd_linear import default as svd_default
 from hal_kernels.ops.svd_linear import triton as svd_kernels
@@ -188,27 +185,6 @@ def test_bytes_of_the_penalty(dtype):
         lambda: orthogonality_penalty.backward(dvalue, factors, residuals, *rest)
     )
     assert (read - 4, written) == moved(backward)[0]  # the upstream gradient, one number
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_of_the_scores(dtype):
-    inputs = score_inputs(dtype=dtype)
-    mask = torch.ones_like(inputs["importance"][inputs["count_p"]])
-    elements = sum(t.numel() for t in inputs["importance"])
-    found = measured(lambda: importance_scores.importance_scores(*inputs.values(), mask))
-    assert found == moved(traffic.importance_scores(elements, len(mask), state=dtype.itemsize))
-
-
-@interpreted
-def test_bytes_of_the_allocation():
-    lists = [[torch.rand(5, 3).to(t), torch.rand(7).to(t)] for t in
-             (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)]  # fmt: skip
-    found = measured(lambda: rank_allocation.update_importance(*lists, 0.85, 0.85))
-    assert found == moved(traffic.importance(22, factor=2))
-    scores = torch.randn(70)
-    found = measured(lambda: rank_allocation.prune_smallest(scores, 20))
-    assert found == moved(traffic.prune(70))
 
 
 def test_flops():
