@@ -1,6 +1,6 @@
 """What `tools.report` compiles: every kernel, with the types and constants of its launches.
 
-`CASES` has a generator for each file of `hal_kernels.kernels` with kernels of its own.
+`CASES` has a generator for each operator with kernels of its own.
 """
 
 import itertools
@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from hal_kernels.kernels import (
-    dropout,
-    orthogonality_penalty,
-    spectral_solve,
-    spectral_step,
-)
+from hal_kernels.kernels import dropout
 from hal_kernels.kernels.configs import ARCHITECTURES
+from hal_kernels.ops.orthogonality_penalty import triton as penalty
+from hal_kernels.ops.spectral_step import triton as spectral_step
+from hal_kernels.ops.spectral_step import triton_solve
 
 from . import svd_cases
 from .cases import Case, make_case
@@ -46,18 +44,18 @@ def orthogonality_penalty_cases() -> Iterator[Case]:
             constants = {"N": n, "BR": rank, "SQUARED": False, "PRECISION": precision}
             tile = tiles.residual
             yield Case(
-                orthogonality_penalty._residual_kernel, types, constants | {"BK": tile.columns},
+                penalty._residual_kernel, types, constants | {"BK": tile.columns},
                 tile.options, (*aligned, "norms"), arch,
             )  # fmt: skip
             tile = tiles.gradient
             yield Case(
-                orthogonality_penalty._gradient_kernel, types,
+                penalty._gradient_kernel, types,
                 constants | {"BJ": tile.depth, "BK": tile.columns}, tile.options,
                 (*aligned, "gradients", "dvalue"), arch,
             )  # fmt: skip
         options = {"num_warps": 4, "num_stages": 3}
         yield Case(
-            orthogonality_penalty._sum_kernel,
+            penalty._sum_kernel,
             signature,
             {"BLOCK": 1024},
             options,
@@ -84,7 +82,7 @@ def spectral_step_cases() -> Iterator[Case]:
         ARCHITECTURES, (spectral_step.LOWEST_RANK, spectral_step.HIGHEST_RANK)
     ):
         entries = {"N": n, "NP": 2, "R": rank}
-        found = [(spectral_solve.solve_kernel, {"R": rank, "BM": 64}, "*fp32")]
+        found = [(triton_solve.solve_kernel, {"R": rank, "BM": 64}, "*fp32")]
         for pointer in ("*fp32", "*bf16"):
             found.append(
                 (

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from hal_kernels.kernels import orthogonality_penalty
 from hal_kernels.kernels.configs import Architecture, Tile, architecture_of, using
+from hal_kernels.ops.orthogonality_penalty import triton as penalty_kernels
 from hal_kernels.ops.svd_linear import triton as svd_kernels
 
 from .tiles import with_tiles
@@ -151,14 +151,14 @@ def penalty_problem(
     residuals = matrices @ matrices.mT - torch.eye(r, device=device, dtype=torch.float64)
     if kernel == "residual":
         return Problem(
-            lambda: orthogonality_penalty.forward([rows], [offsets], [r], True, 1.0)[1],
+            lambda: penalty_kernels.forward([rows], [offsets], [r], True, 1.0)[1],
             lambda out: out,
             [residuals],
             2e-5,  # products of rounded operands are summed in float32
         )
     one, saved = rows.new_ones((), dtype=torch.float32), [residuals.float()]
     return Problem(
-        lambda: orthogonality_penalty.backward(one, [rows], saved, [offsets], [r], True, 1.0),
+        lambda: penalty_kernels.backward(one, [rows], saved, [offsets], [r], True, 1.0),
         lambda out: out,
         [4 * (residuals @ matrices).view_as(rows)],
         _bound(dtype),

@@ -15,10 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from hal_kernels.kernels import (
-    configs,
-    orthogonality_penalty,
-)
+from hal_kernels.kernels import configs
+from hal_kernels.ops.orthogonality_penalty import triton as penalty_kernels
 from hal_kernels.ops.svd_linear import triton as svd_linear
 
 
@@ -79,8 +77,8 @@ def penalty(*groups):
     factors = [torch.randn(g * r, d) for g, r, d in groups]
     offsets = [torch.arange(0, g * r + 1, r) for g, r, _ in groups]
     rest = (offsets, [r for _, r, _ in groups], True, 1.0)
-    value, residuals = orthogonality_penalty.forward(factors, *rest)
-    orthogonality_penalty.backward(value, factors, residuals, *rest)
+    value, residuals = penalty_kernels.forward(factors, *rest)
+    penalty_kernels.backward(value, factors, residuals, *rest)
 
 
 def rows():

@@ -10,7 +10,7 @@ from hal_kernels.ops import orthogonality_penalty, orthogonality_penalty_referen
 
 from .harness import DEVICE, EXACT, Guarded, launches
 
-kernels = importlib.import_module("hal_kernels.kernels.orthogonality_penalty")
+kernels = importlib.import_module("hal_kernels.ops.orthogonality_penalty.triton")
 default = importlib.import_module("hal_kernels.ops.orthogonality_penalty")
 
 KINDS = {"squared": True, "frobenius": False}

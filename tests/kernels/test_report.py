@@ -1,6 +1,7 @@
 """The ahead-of-time report."""
 
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import hal_kernels
+import hal_kernels.kernels
+import hal_kernels.ops
 from hal_kernels.kernels.configs import ARCHITECTURES
 from tools import report
 from tools.kernel_cases import CASES
@@ -89,7 +91,9 @@ def test_every_architecture_has_a_target():
 def test_every_kernel_is_compiled():
     """A kernel is what the package launches: a jitted function named so."""
     kernels = set()
-    for file in pkgutil.walk_packages(hal_kernels.__path__, "hal_kernels."):
+    packages = hal_kernels.kernels, hal_kernels.ops
+    files = [pkgutil.walk_packages(p.__path__, f"{p.__name__}.") for p in packages]
+    for file in itertools.chain(*files):
         for name, value in vars(importlib.import_module(file.name)).items():
             if name.endswith("_kernel") and hasattr(value, "arg_names"):
                 kernels.add(value.__name__)

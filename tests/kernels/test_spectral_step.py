@@ -11,7 +11,7 @@ from ops.util import assert_same
 from .harness import DEVICE, Guarded, launches
 
 operator = importlib.import_module("hal_kernels.ops.spectral_step")
-kernels = importlib.import_module("hal_kernels.kernels.spectral_step")
+kernels = importlib.import_module("hal_kernels.ops.spectral_step.triton")
 
 LAYERS = [(24, 16, 3), (130, 16, 1), (24, 9, 0)]
 LAUNCHES = ["gram", "solve", "write"]

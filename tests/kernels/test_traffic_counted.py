@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hal_kernels.kernels import (
-    orthogonality_penalty,
-)
+from hal_kernels.ops.orthogonality_penalty import triton as penalty_kernels
 from hal_kernels.ops.svd_linear import default as svd_default
 from hal_kernels.ops.svd_linear import triton as svd_kernels
 from tools import traffic
@@ -172,17 +170,17 @@ def test_bytes_of_the_penalty(dtype):
     factors = [torch.randn(g * r, d).to(dtype) for g, r, d in groups]
     offsets = [torch.arange(0, g * r + 1, r) for g, r, _ in groups]
     rest = (offsets, [r for _, r, _ in groups], True, 1.0)
-    residuals = orthogonality_penalty.forward(factors, *rest)[1]
+    residuals = penalty_kernels.forward(factors, *rest)[1]
     width = dtype.itemsize
     forward, backward = (
         functools.reduce(Traffic.__add__, [part(*group, factor=width) for group in groups])
         for part in (traffic.penalty_residual, traffic.penalty_gradient)
     )
-    found = measured(lambda: orthogonality_penalty.forward(factors, *rest))
+    found = measured(lambda: penalty_kernels.forward(factors, *rest))
     assert found == moved(forward, traffic.penalty_sum(5))
     dvalue = torch.ones(())
     ((read, written),) = measured(
-        lambda: orthogonality_penalty.backward(dvalue, factors, residuals, *rest)
+        lambda: penalty_kernels.backward(dvalue, factors, residuals, *rest)
     )
     assert (read - 4, written) == moved(backward)[0]  # the upstream gradient, one number
 

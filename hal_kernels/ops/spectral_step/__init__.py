@@ -22,7 +22,7 @@ between the two, over the matrices that have a gradient, within ± 2.5.
 After a step Λ ≥ 0 (for s > 0) descends along the rows that are kept. A pruned row has Λ = 0 and the
 vectors of the next candidate: orthonormal to the others, and the first to come back.
 
-Backends: default (`batched`, plain PyTorch, every device), cuda (`kernels.spectral_step`, in
+Backends: default (`batched`, plain PyTorch, every device), cuda (`triton`, in
 Triton, for ranks up to 16).
 """
 
@@ -184,8 +184,8 @@ def _default(*args: Any) -> torch.Tensor:
 
 
 def _cuda(*args: Any) -> torch.Tensor:
-    from ...kernels.spectral_step import step_ as in_triton
-    from ...kernels.spectral_step import supported
+    from .triton import step_ as in_triton
+    from .triton import supported
 
     p, lam, q, momentum_p, momentum_q, *_, max_rank = args
     if supported([*p, lam, *q, *momentum_p, *momentum_q], max_rank):

@@ -2,7 +2,7 @@
 """The spectral step of all layers in three launches, for ranks up to 16.
 
     gram_kernel    Gram matrices of [P; v], v = β(βm + L) + L, one program a matrix
-    solve_kernel   the small problems, one program a layer (`spectral_solve`)
+    solve_kernel   the small problems, one program a layer (`triton_solve`)
     write_kernel   P⁺ and m⁺, a program for some columns of a matrix
 
 An entry is all matrices of one width: those of P, then those of Q. Entries' addresses and sizes are
@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import DTYPES, on_device_of
-from .spectral_solve import solve_kernel
+from ...kernels.launch import DTYPES, on_device_of
+from .triton_solve import solve_kernel
 
 LOWEST_RANK, HIGHEST_RANK = 8, 16
 BK = 64  # columns that `write_kernel` takes at a time

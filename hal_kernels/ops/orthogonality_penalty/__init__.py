@@ -10,7 +10,7 @@ adds, with weight = 1 / (number of matrices). Each list entry holds all matrices
 the number of calls does not depend on the number of layers.
 
 Backends: default (plain PyTorch, every device), cpu (csrc/penalty.cpp), cuda
-(`kernels.orthogonality_penalty`, in Triton); in float32 for 16-bit factors.
+(`triton`); in float32 for 16-bit factors.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ._library import (
+from .._library import (
     accumulation_dtype,
     define,
     expect_dtype,
@@ -27,7 +27,7 @@ from ._library import (
     expect_same_device,
     expect_tensors,
 )
-from .ragged import pad, unpad
+from ..ragged import pad, unpad
 
 KINDS = ("squared", "frobenius")
 
@@ -197,7 +197,7 @@ def _autograd_backward(ctx: Any, dvalue: torch.Tensor, _dresiduals: Any) -> tupl
 def _forward_cuda(
     factors: list[torch.Tensor], offsets: list[torch.Tensor], max_ranks: list[int], *rest: Any
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    from ..kernels import orthogonality_penalty as kernels
+    from . import triton as kernels
 
     forward = kernels.forward if kernels.supported(factors, max_ranks) else _forward
     return forward(factors, offsets, max_ranks, *rest)
@@ -211,7 +211,7 @@ def _backward_cuda(
     max_ranks: list[int],
     *rest: Any,
 ) -> list[torch.Tensor]:
-    from ..kernels import orthogonality_penalty as kernels
+    from . import triton as kernels
 
     backward = kernels.backward if kernels.supported(factors, max_ranks) else _backward_default
     return backward(dvalue, factors, residuals, offsets, max_ranks, *rest)

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import HIGHEST_RANK, architecture_of
-from .launch import DTYPES, dot_precision, on_device_of
+from ...kernels.configs import HIGHEST_RANK, architecture_of
+from ...kernels.launch import DTYPES, dot_precision, on_device_of
 
 
 @triton.jit
