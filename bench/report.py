@@ -200,6 +200,7 @@ def spectral_trials(task: str) -> str:
             row["method"],
             row["width"] or "–",
             f"{row['lr']:g}",
+            str(row["seed"]),
             ", ".join(str(reached(row["losses"], t) or "–") for t in TARGETS)
             if task == "sst2"
             else f"{statistics.fmean(row['losses'][-12:]):.3f}",
@@ -208,7 +209,7 @@ def spectral_trials(task: str) -> str:
         for row in found
     ]
     training = "steps to 0.5, 0.45, 0.4" if task == "sst2" else "training loss, last 12 steps"
-    return markdown(["update", "η times", "η", training, "held-out loss"], body)
+    return markdown(["update", "η times", "η", "seed", training, "held-out loss"], body)
 
 
 TABLES: dict[str, Callable[[], str]] = {
