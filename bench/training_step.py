@@ -85,9 +85,10 @@ def timed(
 
 def losses(methods: Mapping[str, Method], rows: dict[str, torch.Tensor]) -> dict[str, float]:
     """The task's loss in the step just taken, without any penalty; of all processes the mean."""
-    found = [cross_entropy(m.logits.float(), rows["labels"]) for m in methods.values()]
+    logits = [method.logits.float() for method in methods.values()]
+    found = torch.stack([cross_entropy(one, rows["labels"]) for one in logits])
     average_(found, None)
-    return dict(zip(methods, map(float, found), strict=True))
+    return dict(zip(methods, found.tolist(), strict=True))
 
 
 def check_start(first: dict[str, float], tolerance: float) -> None:

@@ -65,4 +65,4 @@ class _Average:
     @torch.no_grad()
     def __call__(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        average_([parameter.grad], self.adapter.process_group)
+        average_(parameter.grad, self.adapter.process_group)

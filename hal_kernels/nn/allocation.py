@@ -144,7 +144,7 @@ def _scores(adapter: "HyperAdapter") -> torch.Tensor:
         scores = adapter.lam.abs()
     else:
         scores = adapter.lam * lam_gradient(adapter)
-    average_([scores], adapter.process_group)
+    average_(scores, adapter.process_group)
     if method == "sensitivity":
         scores.abs_()
     if adapter.config.schedule == "fixed":

@@ -19,10 +19,14 @@ class Packed(NamedTuple):
     def tensors(self) -> list[torch.Tensor]:
         return [*self.p, self.lam, *self.q]
 
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], count_p: int) -> "Packed":
+        """From tensors in the order of `tensors()`, of which the first `count_p` are P's."""
+        return cls(tuple(tensors[:count_p]), tensors[count_p], tuple(tensors[count_p + 1 :]))
+
     def like(self, tensors: Sequence[torch.Tensor]) -> "Packed":
-        """The same structure around other tensors, in the order of `tensors()`."""
-        n = len(self.p)
-        return Packed(tuple(tensors[:n]), tensors[n], tuple(tensors[n + 1 :]))
+        """The same structure around other tensors."""
+        return Packed.of(tensors, len(self.p))
 
     def detach(self) -> "Packed":
         return self.like([t.detach() for t in self.tensors()])

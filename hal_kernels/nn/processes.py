@@ -4,7 +4,6 @@ Gradients are averaged by whoever wraps the model (DistributedDataParallel, or `
 this is communicated in an adapter's `process_group`; None is the default group.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,17 +30,14 @@ def is_first(group: Any) -> bool:
     return world_size(group) == 1 or dist.get_rank() == first_rank(group)
 
 
-def average_(tensors: Sequence[torch.Tensor], group: Any) -> None:
+def average_(tensor: torch.Tensor, group: Any) -> None:
     """Mean over all processes, in place; every process gets the same bits."""
     processes = world_size(group)
     if processes == 1:
         return
-    joined = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(joined, group=group)
-    joined /= processes
-    parts = joined.split([t.numel() for t in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view(tensor.shape))
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    tensor.copy_(total.div_(processes))
 
 
 def all_agree(flag: bool, device: torch.device, group: Any) -> bool:
@@ -80,7 +76,7 @@ def expect_shared(adapter: "HyperAdapter") -> None:
         return
     sums = torch.stack([t.double().sum() for t in _state(adapter)])
     mean = sums.clone()
-    average_([mean], group)
+    average_(mean, group)
     # the mean of equal numbers may round
     if not all_agree(torch.allclose(sums, mean, rtol=1e-12, atol=0), sums.device, group):
         raise RuntimeError(

@@ -108,18 +108,12 @@ class State(nn.Module):
 
     def packed(self, prefix: str = "") -> Packed:
         """The stored factors, or what belongs to them: "anchor_", "importance_", …"""
-        tensors = [getattr(self, f"{prefix}{name}") for name in self._names]
-        return Packed(
-            tuple(tensors[: self._count_p]),
-            tensors[self._count_p],
-            tuple(tensors[self._count_p + 1 :]),
-        )
+        return Packed.of([getattr(self, f"{prefix}{n}") for n in self._names], self._count_p)
 
     def momenta(self) -> Packed:
         """update="spectral": momenta of P's and Q's gradients, like `packed`, without Λ's."""
-        names = self._names
-        made = [None if n == "lam" else self.get_buffer(f"momentum_{n}") for n in names]
-        return Packed(tuple(made[: self._count_p]), self.lam, tuple(made[self._count_p + 1 :]))  # type: ignore[arg-type]
+        names = ("lam" if name == "lam" else f"momentum_{name}" for name in self._names)
+        return Packed.of([self.get_buffer(name) for name in names], self._count_p)
 
     @property
     def holds_mask(self) -> bool:
