@@ -170,14 +170,14 @@ class HALConfig:
 
     def _expect_hidden(self) -> None:
         """Raise TypeError or ValueError unless the hypernetwork may be that wide."""
+        _expect_int("hidden", self.hidden, 4)
+        if self.hidden % 4:  # type: ignore[operator]
+            raise ValueError(f"hidden is {self.hidden}, expected a multiple of its 4 heads")
         if self.hypernet != "bert":
             raise ValueError(
                 f"hidden is {self.hidden!r}, expected None with hypernet={self.hypernet!r}: "
                 "only 'bert' has a width to choose"
             )
-        _expect_int("hidden", self.hidden, 4)
-        if self.hidden % 4:  # type: ignore[operator]
-            raise ValueError(f"hidden is {self.hidden}, expected a multiple of its 4 heads")
 
     def _expect_spectral(self) -> None:
         """Raise ValueError for what has no meaning where factors take spectral steps."""

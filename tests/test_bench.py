@@ -23,7 +23,7 @@ def results(**changes):
     parts = dict.fromkeys(launches.BUDGET, 1.0)
     parts |= {"importance and allocation: host synchronisations": 0, "advancing the state": 1}
     changed = parts | {part.replace("_", " "): n for part, n in changes.items()}
-    methods = ("hal-direct", "hal-hyper")
+    methods = ("hal-direct", "hal-spectral", "hal-hyper")
     return {"2": dict.fromkeys(methods, parts), "12": dict.fromkeys(methods, changed)}
 
 

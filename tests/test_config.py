@@ -43,7 +43,13 @@ def test_it_is_frozen_and_compares_by_value():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, OTHER, {"dtype": torch.bfloat16, "targets": ["a", "b"]}, {"hidden": 64}]
+    "options",
+    [
+        {},
+        OTHER,
+        {"dtype": torch.bfloat16, "targets": ["a", "b"]},
+        {"hypernet": "bert", "hidden": 64},
+    ],
 )
 def test_json_round_trip(options):
     config = HALConfig(**options)

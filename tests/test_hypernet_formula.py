@@ -26,7 +26,7 @@ class Case:
         self.layout, self.slots = Layout(specs), slots_of(layers)
         widths = [[group.width for group in s.groups] for s in (self.layout.p, self.layout.q)]
         self.net = Hypernetwork(
-            "bert", *widths, self.layout.rows, offsets="none", zero_output=False,
+            "bert", *widths, self.layout.rows, zero_output=False,
             **({"hidden": 8} | options),
         ).to(DEVICE, dtype)  # fmt: skip
         with torch.no_grad():

@@ -137,7 +137,7 @@ def test_a_run_is_not_overwritten(finetune, bert_folder, reviews, tmp_path, caps
         ("adapter-*.safetensors", [], "is damaged"),
         ("trainer_state.json", [], "Expecting value"),
         ("optimizer.pt", [], "can't go on from"),
-        ("nothing", ["--method", "adalora"], "the checkpoint was made with hypernet='bert'"),
+        ("nothing", ["--method", "adalora"], "the checkpoint was made with hypernet='direct', update='spectral'"),
         ("nothing", ["--method", "lora"], "Can't find a valid checkpoint"),
         ("nothing", ["--alpha", 3], "--alpha is 3.0, and 8.0 in the run that is to go on"),
     ],
