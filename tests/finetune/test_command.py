@@ -69,7 +69,7 @@ def test_every_method_trains_and_leaves_its_files(
         for entry in logged:
             if "loss" in entry:
                 assert entry["task_loss"] + entry["penalty"] == pytest.approx(entry["loss"])
-                assert entry["penalty"] > 0
+                assert (entry["penalty"] > 0) == (method == "adalora")
         assert not list((out / "checkpoint-8").glob("model*")), "the whole model was saved"
 
 
