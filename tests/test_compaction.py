@@ -5,7 +5,7 @@ import copy
 import models
 import pytest
 import torch
-from lifecycle import HYPERNETS, patched, predict, prune, prune_layer, small_hypernets, unchanged
+from lifecycle import patched, predict, prune, prune_layer, small_hypernets, unchanged
 from training import adam, assert_equal, batches, kept, state, train, trainable
 
 import hal_kernels
@@ -42,12 +42,14 @@ def trained(schedule, **options):
 # -- the function ----------------------------------------------------------------------------------
 
 
-KINDS = [("direct", "anchor")]  # update has no meaning there
-KINDS += [(h, u) for h in ("bert", "mlp", "cnn") for u in ("anchor", "replace", "residual")]
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("hypernet", "update"), KINDS)
+@pytest.mark.parametrize(
+    ("schedule", "hypernet", "update"),
+    [
+        ("partly", None, "spectral"), ("cubic", None, "spectral"), ("fixed", "direct", "anchor"),
+        ("cubic", "direct", "anchor"), ("partly", "bert", "anchor"), ("cubic", "bert", "replace"),
+        ("fixed", "bert", "residual"), ("partly", "mlp", "residual"), ("fixed", "cnn", "replace"),
+    ],
+)  # fmt: skip
 def test_same_function(schedule, hypernet, update):
     model, _, left = trained(schedule, hypernet=hypernet, update=update, dtype=torch.float64)
     before, ranks, expected = factors(model), rank_pattern(model), predict(model)
@@ -68,7 +70,7 @@ def test_same_function(schedule, hypernet, update):
     assert model.hal.mask.shape == (left,)
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", [None, "bert"])
 def test_same_function_in_float32(hypernet):
     model, *_ = trained("fixed", hypernet=hypernet)
     expected = predict(model)
@@ -212,7 +214,7 @@ def test_training_goes_on_with_a_hypernetwork(hypernet):
     assert rank_pattern(model) == rank_pattern(twin) and sum(kept(model)) == 8
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_training_with_penalty_and_scores_goes_on(hypernet):
     model, optimizer, left = trained("partly", hypernet=hypernet, allocation="ema", gamma=0.1)
     compact(model)
@@ -247,7 +249,7 @@ def test_a_graph_from_before_stays_harmless(hypernet):
     assert before["loss"].isfinite()
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", [None, "bert"])
 def test_save_and_load_after_it(hypernet, tmp_path):
     model, optimizer, left = trained("partly", hypernet=hypernet)
     compact(model)

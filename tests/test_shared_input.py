@@ -4,6 +4,7 @@ import copy
 import io
 import threading
 
+import lifecycle
 import models
 import pytest
 import torch
@@ -30,8 +31,14 @@ from hal_kernels.nn.shared_input import find_groups
 pytestmark = pytest.mark.filterwarnings("ignore:hal_kernels. the model reads the weight")
 
 
-@pytest.mark.parametrize("hypernet", ["direct", "mlp"])
-@pytest.mark.parametrize("leading", [(5,), (2, 3), (0,)])
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    lifecycle.small_hypernets(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("hypernet", "leading"), [(None, (5,)), ("direct", (2, 3)), ("mlp", (2, 3)), (None, (0,))]
+)
 def test_siblings_compute_together(hypernet, leading):
     assert_computes(patched(hypernet=hypernet), x_of(*leading), together=True)
 
@@ -52,8 +59,9 @@ def test_groups_of_real_models(make, found):
     assert sorted(groups) == sorted(found * depth)
 
 
-@pytest.mark.parametrize("make", [models.bert, models.llama])
-@pytest.mark.parametrize("hypernet", ["direct", "mlp"])
+@pytest.mark.parametrize(
+    ("make", "hypernet"), [(models.bert, None), (models.llama, "direct"), (models.llama, "mlp")]
+)
 def test_real_models_compute_what_their_layers_compute_alone(make, hypernet):
     model = make(dtype=torch.float64)
     hal_kernels.patch_model(model, 2, hypernet=hypernet, dtype=torch.float64, seed=0)
@@ -151,8 +159,9 @@ WAYS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("reads", WAYS)
-@pytest.mark.parametrize("hypernet", ["direct", "mlp"])
+@pytest.mark.parametrize(
+    ("reads", "hypernet"), [*((way, None) for way in WAYS), (cross, "mlp"), (twice, "mlp")]
+)
 def test_any_other_way_of_calling_them(reads, hypernet):
     model = patched(hypernet=hypernet)
     model.reads = reads
@@ -389,8 +398,16 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("reads", [None, cross, twice, only_first])
-@pytest.mark.parametrize("hypernet", ["direct", "mlp"])
+@pytest.mark.parametrize(
+    ("hypernet", "reads"),
+    [
+        ("direct", None),
+        ("direct", cross),
+        ("direct", twice),
+        ("direct", only_first),
+        ("mlp", cross),
+    ],
+)
 def test_checkpointing(hypernet, reads):
     """Also over several passes before their backward, while the group is about to be given up."""
     model = patched(Checkpointed(reads), hypernet=hypernet)

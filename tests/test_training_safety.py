@@ -85,8 +85,9 @@ def test_autocast_training(hypernet):
 # ---- ranks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, CUBIC], ids=["fixed", "cubic"])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize(
+    ("hypernet", "options"), [(None, {}), ("bert", {}), ("direct", CUBIC), ("bert", CUBIC)]
+)
 def test_rank_equal_to_init_rank_prunes_nothing(hypernet, options):
     options = {"interval": 1, "seed": 0} | options | {"init_rank": 2}
     model = hal_kernels.patch_model(models.net(), 2, hypernet=hypernet, **options)
@@ -107,7 +108,7 @@ def test_init_rank_below_rank_is_an_error():
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_loaded_adapter_evaluates_with_labels(hypernet, with_gradients, tmp_path):
     model = hal_kernels.patch_model(models.bert(), 2, hypernet=hypernet, seed=0, gamma=10.0)
     train(model, adam(model), batches(model, 2))
@@ -126,7 +127,7 @@ def test_loaded_adapter_evaluates_with_labels(hypernet, with_gradients, tmp_path
     torch.testing.assert_close(training, models.loss_of(output) + penalty)
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_no_grad_training_loss_has_no_penalty_graph(hypernet):
     """A loss computed under no_grad is a number to report: never more than the task's loss."""
     model = patched_net(hypernet, gamma=10.0)
@@ -167,7 +168,7 @@ def data_in_place(parameter):
 
 
 @pytest.mark.parametrize("change", [in_place, data_swap, data_in_place])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_no_grad_sees_changed_parameters(hypernet, change):
     """The factors that evaluation keeps between calls follow every parameter."""
     model = patched_net(hypernet)
@@ -224,7 +225,7 @@ def test_steps_without_the_penalty_are_warned_of():
 
 
 @pytest.mark.parametrize("name", ["hal", "mask", "importance_lam", "uncertainty_q_16"])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_an_adapter_apart_from_its_layers_is_refused(hypernet, name):
     """At the next forward, also in training: operators would read where nothing is."""
     model = patched_net(hypernet, allocation="ema")
@@ -276,10 +277,12 @@ def test_penalty_is_added_to_the_returned_loss(form, read):
     model = Wrapped(form)
     x = torch.randn(3, 8)
     task = read(model(x))
-    hal_kernels.patch_model(model, 2, gamma=2.0, seed=0)
+    hal_kernels.patch_model(model, 2, hypernet="direct", gamma=2.0, seed=0)
     output = model(x)
     assert type(output) is type(form(task, task))
-    torch.testing.assert_close(read(output), task + hal_kernels.penalty(model))
+    penalty = hal_kernels.penalty(model)
+    assert penalty > 0.1
+    torch.testing.assert_close(read(output), task + penalty)
     torch.testing.assert_close(read(model.eval()(x)), task)
 
 
@@ -292,7 +295,7 @@ def test_logits_are_left_alone(form):
     model = Wrapped(form)
     x = torch.randn(3, 8)
     before = model(x)
-    hal_kernels.patch_model(model, 2, gamma=2.0, seed=0)
+    hal_kernels.patch_model(model, 2, hypernet="direct", gamma=2.0, seed=0)
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
 

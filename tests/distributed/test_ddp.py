@@ -134,12 +134,15 @@ def odd_processes(rank, world):
         found[f"sent {case}"] = (counter.bytes, size, allocations * 8 * model.hal.layout.rows)
 
     # 4. Micro-batches whose loss is normalised over all processes, as Trainer does it.
-    net = hal_kernels.patch_model(Counting(), 2, seed=0, gamma=3.0, dtype=torch.float64)
+    net = hal_kernels.patch_model(Counting(), 2, **COUNTING)
     wrapped = DistributedDataParallel(net)
     x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     (world * wrapped(x[2 * rank : 2 * rank + 2], num_items_in_batch=4)).backward()
     found["normalised"] = gradients(net)
     return found
+
+
+COUNTING = {"hypernet": "direct", "seed": 0, "gamma": 3.0, "dtype": torch.float64}
 
 
 class Counting(torch.nn.Module):
@@ -182,7 +185,7 @@ def test_bytes_sent(case, odd):
 
 
 def test_the_penalty_counts_once_over_all_processes(odd, quick):
-    net = hal_kernels.patch_model(Counting(), 2, seed=0, gamma=3.0, dtype=torch.float64)
+    net = hal_kernels.patch_model(Counting(), 2, **COUNTING)
     x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     net(x, num_items_in_batch=4).backward()
     assert_close(odd[0]["normalised"], gradients(net), 1e-12)  # order of sums
