@@ -7,7 +7,6 @@ num_items_in_batch: it hands the model the window's count of labels instead.
 import contextlib
 import io
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -20,10 +19,7 @@ SPLITS = [(1, 8), (2, 4), (4, 2), (8, 1)]  # micro-batches × examples
 GAMMA = 5.0  # the penalty's gradient is as large as the task's
 DOUBLE = 1e-10  # float64 sums in another order
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 def patched(make, hypernet, **options):

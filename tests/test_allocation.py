@@ -2,7 +2,6 @@
 
 from fractions import Fraction
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -17,10 +16,7 @@ from hal_kernels.nn import allocation, spectral
 
 HYPERNETS = [None, "bert"]
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 # ---- schedules and selection against a re-implementation ---------------------------------------

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench is no installed package
+from bench import launches, least, models, operator_cases, operators, report
+from hal_kernels.kernels import configs
 
-from bench import launches, least, models, operator_cases, operators, report  # noqa: E402
-from hal_kernels.kernels import configs  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 
 def results(**changes):

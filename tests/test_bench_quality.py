@@ -2,16 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench is no installed package
-
-from bench import quality, training_time  # noqa: E402
-from hal_finetune import evaluators  # noqa: E402
+from bench import quality, training_time
+from hal_finetune import evaluators
 
 STEPS, WINDOW = 8, 4  # the suite's means are of 20 steps
 TINY = ["--steps", f"{STEPS}", "--base-steps", "4", "--batch", "2", "--length", "192"]

@@ -5,7 +5,7 @@ import copy
 import models
 import pytest
 import torch
-from lifecycle import patched, predict, prune, prune_layer, small_hypernets, unchanged
+from lifecycle import patched, predict, prune, prune_layer, unchanged
 from training import adam, assert_equal, batches, kept, state, train, trainable
 
 import hal_kernels
@@ -21,10 +21,7 @@ SCHEDULES = {
     "cubic": ({"schedule": "cubic", "interval": 2, "total_step": 6, "tfinal": 1}, 6, 8),
 }
 
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 def trained(schedule, **options):

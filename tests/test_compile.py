@@ -4,7 +4,6 @@ torch.compile(model) runs a model's hooks outside of its forward's graph and com
 itself; a function that calls the model is one graph.
 """
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -21,10 +20,7 @@ from training import (
 
 import hal_kernels
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 @pytest.fixture(autouse=True)

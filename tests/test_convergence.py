@@ -1,16 +1,11 @@
 """bench.convergence: what a run keeps, and the same task at another width."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is no installed package
-
 from finetune.tiny import save_model
+from transformers import BertConfig, BertForSequenceClassification
 
 from bench import convergence, report
 from bench.widened import widened

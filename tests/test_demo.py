@@ -1,7 +1,6 @@
 """The demo: its data and batches, and one short run of the whole."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # examples are no installed package
 
 import examples.demo.__main__ as demo  # noqa: E402
 from examples.demo import stdlib_corpus  # noqa: E402
@@ -122,16 +120,9 @@ def test_corpus_without_sources_says_what_to_do(tmp_path):
 # -- batches ---------------------------------------------------------------------------------------
 
 
-class _PadToLongest:
-    def pad(self, rows, return_tensors):
-        longest = max(len(row["input_ids"]) for row in rows)
-        ids = [row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows]
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor([r["labels"] for r in rows])}
-
-
 def test_training_batches_cover_every_row_once_an_epoch_and_all_lengths_in_ten_steps():
     rows = [{"input_ids": [1] * (1 + i), "labels": i} for i in range(40)]
-    first, again = (list(training_batches(_PadToLongest(), rows, 4, 25, seed=3)) for _ in range(2))
+    first, again = (list(training_batches(Tokenizer(), rows, 4, 25, seed=3)) for _ in range(2))
     assert [b["labels"].tolist() for b in first] == [b["labels"].tolist() for b in again]
     epoch = torch.cat([batch["labels"] for batch in first[:10]])
     assert sorted(epoch.tolist()) == list(range(40))
@@ -142,7 +133,7 @@ def test_training_batches_cover_every_row_once_an_epoch_and_all_lengths_in_ten_s
 
 def test_training_batches_of_fewer_rows_than_a_batch():
     rows = [{"input_ids": [1], "labels": i} for i in range(3)]
-    (batch,) = training_batches(_PadToLongest(), rows, 8, 1, seed=0)
+    (batch,) = training_batches(Tokenizer(), rows, 8, 1, seed=0)
     assert batch["labels"].shape == (8,) and set(batch["labels"].tolist()) == {0, 1, 2}
 
 

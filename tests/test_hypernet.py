@@ -23,10 +23,7 @@ ORDERS = [*((h, False) for h in ARCHITECTURES), ("bert", True)]  # of LayerNorm:
 UPDATES = ["anchor", "residual", "replace"]
 MAKERS = [models.net, models.bert, models.llama, models.gpt2]
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 def patched(make=models.net, **options):

@@ -3,17 +3,14 @@
 import models
 import pytest
 import torch
-from lifecycle import HYPERNETS, patched, predict, prune, prune_layer, small_hypernets, unchanged
+from lifecycle import HYPERNETS, patched, predict, prune, prune_layer, unchanged
 from torch.nn import functional as F
 from training import adam, assert_equal, batches, state, train, trainable
 
 import hal_kernels
 from hal_kernels import factors, penalty, rank_pattern, step
 
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 # -- factors ---------------------------------------------------------------------------------------

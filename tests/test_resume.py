@@ -3,7 +3,6 @@
 import copy
 import io
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -19,10 +18,7 @@ from training import (
 
 import hal_kernels
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 # ---- resume ------------------------------------------------------------------------------------

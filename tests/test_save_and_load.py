@@ -5,17 +5,14 @@ import copy
 import models
 import pytest
 import torch
-from lifecycle import patched, predict, prune, small_hypernets, unchanged
+from lifecycle import patched, predict, prune, unchanged
 from torch import nn
 from training import adam, assert_equal, batches, state, train, trainable
 
 import hal_kernels
 from hal_kernels import load_adapter, save_adapter
 
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 @pytest.fixture(scope="module")

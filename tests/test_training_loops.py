@@ -2,7 +2,6 @@
 
 import threading
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -22,10 +21,7 @@ from training import (
 
 import hal_kernels
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 # ---- odd loops ---------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Several of these are measured failures of PEFT's AdaLoRA.
 import contextlib
 import io
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -24,10 +23,7 @@ from training import (
 
 import hal_kernels
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 # ---- dtypes of the base model ------------------------------------------------------------------
