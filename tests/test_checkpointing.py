@@ -3,7 +3,6 @@
 The reentrant kind, which would not, is refused.
 """
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -23,6 +22,7 @@ from training import (
 import hal_kernels
 
 pytestmark = [
+    pytest.mark.usefixtures("small_hypernets"),
     # transformers is about to rename its switch; torch warns of evaluation under no_grad.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
@@ -30,11 +30,6 @@ pytestmark = [
 
 HYPERNETS = ["direct", "bert"]
 DOUBLE = 1e-10  # float64 sums in another order
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
 
 
 def patched(model, hypernet, **options):

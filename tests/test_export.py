@@ -411,10 +411,3 @@ def test_everything_pruned(tmp_path):
     with unchanged(model), pytest.raises(ValueError, match=message):
         export_lora(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
-
-
-def test_what_is_not_patched(tmp_path):
-    for model in (models.net(), hal_kernels.merge(patched())):
-        with unchanged(model), pytest.raises(ValueError, match=r"model is (not patched|merged)"):
-            export_lora(model, tmp_path / "new")
-    assert not (tmp_path / "new").exists()

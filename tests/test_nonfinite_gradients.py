@@ -3,7 +3,6 @@
 import copy
 import warnings
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -22,12 +21,10 @@ from training import (
 import hal_kernels
 
 LEFT_OUT = "an optimizer step is left out"
-pytestmark = pytest.mark.filterwarnings(f"ignore:hal_kernels. {LEFT_OUT}")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = [
+    pytest.mark.usefixtures("small_hypernets"),
+    pytest.mark.filterwarnings(f"ignore:hal_kernels. {LEFT_OUT}"),
+]
 
 
 # ---- gradients that are NaN or Inf -------------------------------------------------------------

@@ -56,22 +56,6 @@ def test_everything_comes_back(hypernet, update, allocation, tmp_path):
         assert not loaded.hal.mask.all()
 
 
-@pytest.mark.parametrize("hypernet", [None, "bert", "cnn"])
-def test_training_goes_on_where_it_stopped(hypernet, tmp_path):
-    model = patched(hypernet=hypernet, init_rank=3, interval=3)
-    optimizer = adam(model, 1e-3)
-    train(model, optimizer, batches(model, 2))
-    save_adapter(model, tmp_path)
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    data = batches(model, 5, size=3)
-    losses = train(model, optimizer, data)
-    resumed = load_adapter(models.net(), tmp_path)
-    again = adam(resumed, 1e-3)
-    again.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
-    assert train(resumed, again, data) == losses
-    assert_equal(state(resumed), state(model))
-
-
 @pytest.mark.parametrize(
     ("make", "dtype"),
     [(models.bert, torch.bfloat16), (models.llama, torch.float32), (models.gpt2, torch.bfloat16)],
@@ -336,10 +320,3 @@ def test_models_in_the_wrong_state(saved):
     model = models.net()
     model.hal = 1
     misfit(model, folder, r"attribute 'hal'")
-
-
-def test_saving_what_is_not_patched(tmp_path):
-    for model in (models.net(), hal_kernels.merge(patched())):
-        with unchanged(model), pytest.raises(ValueError, match=r"model is (not patched|merged)"):
-            save_adapter(model, tmp_path / "new")
-    assert not (tmp_path / "new").exists()

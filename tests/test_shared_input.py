@@ -4,7 +4,6 @@ import copy
 import io
 import threading
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -28,12 +27,10 @@ import hal_kernels
 from hal_kernels.nn.shared_input import find_groups
 
 # Many of these models leave layers out, to see that no output is mistaken for another.
-pytestmark = pytest.mark.filterwarnings("ignore:hal_kernels. the model reads the weight")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = [
+    pytest.mark.usefixtures("small_hypernets"),
+    pytest.mark.filterwarnings("ignore:hal_kernels. the model reads the weight"),
+]
 
 
 @pytest.mark.parametrize(
