@@ -424,14 +424,6 @@ def test_checkpointing(hypernet, reads):
         assert relative_error(one, other) <= 1e-10  # a few steps of the same training
 
 
-def test_compiled_models_compute_alone_and_right():
-    model = patched()
-    expected = model(x_of())
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert relative_error(compiled(x_of()), expected) <= SAME
-
-
 def test_a_copy_has_groups_of_its_own():
     model = patched()
     model(x_of())
