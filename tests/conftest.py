@@ -45,6 +45,14 @@ def seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.fixture
+def small_hypernets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypernetworks of the same structure and fewer parameters than the paper's."""
+    import lifecycle
+
+    lifecycle.small_hypernets(monkeypatch)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_memory():
     """Fill `torch.empty` and its kin with NaN: what an operator forgets to write then shows."""

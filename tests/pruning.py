@@ -5,7 +5,7 @@ from torch import nn
 
 import hal_kernels
 
-HYPERNETS = ["direct", "bert"]
+HYPERNETS = [None, "bert"]  # the default, and one that generates factors
 # Four layers of rank 4 -> 2: eight directions to prune, two at a time, at steps 2, 4, 6 and 8.
 PRUNING = {"init_rank": 4, "interval": 2, "prune_per_interval": 2, "seed": 0}
 LAST_ALLOCATION = 8

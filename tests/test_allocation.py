@@ -2,7 +2,6 @@
 
 from fractions import Fraction
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -13,14 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import adam, batches, budget_used, kept, train, trainable
 
 import hal_kernels
-from hal_kernels.nn import allocation
+from hal_kernels.nn import allocation, spectral
 
-HYPERNETS = ["direct", "bert"]
+HYPERNETS = [None, "bert"]
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 # ---- schedules and selection against a re-implementation ---------------------------------------
@@ -176,8 +172,9 @@ def test_cubic_is_pefts_schedule():
             assert allocation.pruned_count(config, *numbers, step) == expected
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-@pytest.mark.parametrize("schedule", ["fixed", "cubic"])
+@pytest.mark.parametrize(
+    ("schedule", "hypernet"), [("fixed", None), ("cubic", "direct"), ("cubic", "bert")]
+)
 def test_comebacks_only_under_cubic(schedule, hypernet):
     """In real training, where scores move on their own."""
     options = {"schedule": "cubic", "total_step": 40, "tfinal": 5} if schedule == "cubic" else {
@@ -268,9 +265,15 @@ def values_of(model):
     }
 
 
-@pytest.mark.parametrize("schedule", ["fixed", "cubic"])
-@pytest.mark.parametrize("method", ["sensitivity", "ema", "magnitude"])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+# Every pair of two settings.
+SETTINGS = [
+    ("direct", "sensitivity", "fixed"), ("direct", "ema", "cubic"),
+    ("direct", "magnitude", "fixed"), ("bert", "sensitivity", "cubic"), ("bert", "ema", "fixed"),
+    ("bert", "magnitude", "cubic"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hypernet", "method", "schedule"), SETTINGS)
 def test_scores_by_hand(hypernet, method, schedule, monkeypatch):
     """Of kept and pruned directions, over two micro-batches a step, at every allocation."""
     seen = {}
@@ -384,11 +387,14 @@ def test_the_instrument_sees_waiting(waits):
     assert not waits(lambda: torch.where(t > 0, t, 0.0))
 
 
-@pytest.mark.parametrize("schedule", ["fixed", "cubic"])
-@pytest.mark.parametrize("method", ["sensitivity", "ema", "magnitude"])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_allocation_does_not_wait(hypernet, method, schedule, waits):
+@pytest.mark.parametrize(
+    ("hypernet", "method", "schedule"),
+    [*SETTINGS, (None, "sensitivity", "fixed"), (None, "magnitude", "cubic")],
+)
+def test_allocation_does_not_wait(hypernet, method, schedule, waits, monkeypatch):
     """Forward, backward and what follows an optimizer step, masks and all."""
+    # Its form for the CPU looks at what it has computed; there is another one for GPUs.
+    monkeypatch.setattr(spectral, "spectral_step_", lambda *args, **options: None)
     options = {"schedule": "cubic", "total_step": 6} if schedule == "cubic" else {}
     model = hal_kernels.patch_model(
         models.net(), 2, init_rank=4, hypernet=hypernet, interval=1, allocation=method, seed=0,
@@ -406,7 +412,8 @@ def test_allocation_does_not_wait(hypernet, method, schedule, waits):
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_check_for_nan_waits_once(hypernet, waits):
+def test_check_for_nan_waits_once(hypernet, waits, monkeypatch):
+    monkeypatch.setattr(spectral, "spectral_step_", lambda *args, **options: None)
     model = hal_kernels.patch_model(
         models.net(), 2, init_rank=4, hypernet=hypernet, interval=1, seed=0
     )
@@ -419,14 +426,13 @@ def test_check_for_nan_waits_once(hypernet, waits):
 # ---- when the budget is met ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
 @pytest.mark.parametrize(
     ("total", "options"),
-    [(12, {}), (30, {"prune_per_interval": 3}), (3, {}), (24, {"interval": 5})],
+    [(12, {}), (30, {"prune_per_interval": 3}), (3, {"hypernet": "bert"}), (24, {"interval": 5})],
 )
-def test_total_step_lets_a_short_run_meet_the_budget(total, options, hypernet):
+def test_total_step_lets_a_short_run_meet_the_budget(total, options):
     model = hal_kernels.patch_model(
-        models.net(), 2, init_rank=4, hypernet=hypernet, seed=0, total_step=total, **options
+        models.net(), 2, init_rank=4, seed=0, total_step=total, **options
     )
     assert 0 < model.hal.last_allocation <= 2 * total // 3
     train(model, adam(model), batches(model, model.hal.last_allocation))

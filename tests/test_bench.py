@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench is no installed package
+from bench import launches, least, models, operator_cases, operators, report
+from hal_kernels.kernels import configs
 
-from bench import launches, least, models, operator_cases, operators, report  # noqa: E402
-from hal_kernels.kernels import configs  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 
 def results(**changes):
@@ -89,6 +88,7 @@ def test_a_wrong_operator_is_seen():
     assert found["floor_share"] == found["floor_us"] / found["times"]["hal"]["median_us"]
 
 
+@pytest.mark.slow  # the cases themselves: test_every_operator_is_measured_beside_its_floor
 def test_operators_under_pytest_benchmark(tmp_path):
     """In a process of its own, timed once: its file holds every implementation."""
     out = tmp_path / "found.json"
@@ -134,12 +134,6 @@ def test_least_time_of_a_step(monkeypatch):
     assert asked[-1] == "llama"
 
 
-def test_gpu_sh_tunes_dry(tmp_path):
-    done = gpu_sh(str(tmp_path), "--dry-run", "tune")
-    assert done.returncode == 0, done.stderr
-    assert "penalty.16.residual: 16×64, 2 warps, " in (tmp_path / "log.txt").read_text()
-
-
 def test_tables_are_rewritten_in_place(monkeypatch):
     monkeypatch.setitem(report.TABLES, "made-up", lambda: "| a |\n| --- |\n| 1 |\n")
     text = "before\n<!-- table made-up -->\nold\n<!-- end -->\nafter\n"
@@ -169,6 +163,7 @@ def test_gpu_sh_predicts_every_part_and_skips_what_has_no_data(tmp_path):
 
 
 def test_gpu_sh_refuses_what_it_does_not_know(tmp_path):
+    environment = os.environ | {"PYTHON": "false"}  # as where torch sees no GPU
     for arguments, message in (
         ((), "bench/gpu.sh OUT"),
         ((tmp_path, "--fast"), "unknown option --fast"),
@@ -176,12 +171,14 @@ def test_gpu_sh_refuses_what_it_does_not_know(tmp_path):
         ((tmp_path, "check"), "sees no GPU"),
         ((tmp_path, "--data=/no/such/folder"), "/no/such/folder"),
     ):
-        done = gpu_sh(*map(str, arguments))
+        done = gpu_sh(*map(str, arguments), environment=environment)
         assert done.returncode == 2 and message in done.stderr
 
 
-def test_gpu_sh_runs_one_part_dry(tmp_path):
-    done = gpu_sh(str(tmp_path), "--dry-run", "check")
+@pytest.mark.slow  # that every part is called: test_gpu_sh_predicts_every_part…
+def test_gpu_sh_runs_parts_dry(tmp_path):
+    done = gpu_sh(str(tmp_path), "--dry-run", "check", "tune")
     assert done.returncode == 0, done.stderr
     assert '"part": "check", "status": 0' in (tmp_path / "summary.json").read_text()
-    assert "svd_linear" in (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text()
+    assert "svd_linear" in log and "penalty.16.residual: 16×64, 2 warps, " in log

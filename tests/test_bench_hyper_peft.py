@@ -1,18 +1,12 @@
 """bench.hyper_peft: PEFT's layers with A and B of hypernetworks, which alone are trained."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench is no installed package
-
-from bench import models  # noqa: E402
-from bench.methods import HYPER_PEFT, Method  # noqa: E402
-from hal_kernels.nn import hypernet  # noqa: E402
+from bench import models
+from bench.methods import HYPER_PEFT, Method
+from hal_kernels.nn import hypernet
 
 CPU, STEPS = torch.device("cpu"), 6
 BASE = models.roberta_base(layers=2, width=64, vocabulary=80, length=64)

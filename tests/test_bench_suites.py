@@ -3,15 +3,11 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench is no installed package
-
-from bench import (  # noqa: E402
+from bench import (
     compare,
     methods,
     models,
@@ -22,7 +18,7 @@ from bench import (  # noqa: E402
     training_step,
     training_time,
 )
-from bench.methods import ALL_METHODS  # noqa: E402
+from bench.methods import ALL_METHODS
 
 
 def tiny_roberta():

@@ -7,7 +7,7 @@ import models
 import peft
 import pytest
 import torch
-from lifecycle import predict, small_hypernets
+from lifecycle import predict
 from torch import nn
 from torch.nn import functional as F
 from training import adam, train
@@ -39,9 +39,7 @@ def model():
     return models.Holder(first=Reading(), second=Reading()).train()
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 def adapted(**options):

@@ -11,7 +11,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from lifecycle import patched, predict, small_hypernets, unchanged
+from lifecycle import patched, predict, unchanged
 from safetensors.torch import load_file, save
 from training import adam, assert_equal, batches, state, train
 
@@ -21,10 +21,7 @@ from hal_kernels.files import held
 
 JSON = "adapter.json"
 
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 @pytest.fixture(scope="module")
@@ -377,47 +374,23 @@ def test_altered_json(change, message, saved, tmp_path):
         (put("hal.lam", torch.ones(5)), r"'lam' for the adapter has shape \(5,\)"),
         (put("hal.lam", torch.ones(())), r"'lam' for the adapter has shape \(\)"),
         (put("hal.lam", torch.ones(12).int()), r"'lam' for the adapter has dtype torch\.int32"),
-        (
-            put("hal.lam", torch.ones(12).cfloat()),
-            r"'lam' for the adapter has dtype torch\.complex",
-        ),
-        (
-            put("hal.lam", torch.ones(12).double()),
-            r"'.*' for the adapter has dtype .*, expected .*64",
-        ),
+        (put("hal.lam", torch.ones(12).cfloat()), r"'lam' for .* has dtype torch\.complex"),
+        (put("hal.lam", torch.ones(12).double()), r"'.*' for .* has dtype .*, expected .*64"),
         (put("hal.lam", torch.ones(12) / 0), r"'lam' for the adapter holds NaN or Inf"),
-        (
-            put("hal.p_16", torch.ones(6, 16) * torch.nan),
-            r"'p_16' for the adapter holds NaN or Inf",
-        ),
-        (
-            put("hal.mask", torch.full((12,), 0.5)),
-            r"'mask' for the adapter holds other values than",
-        ),
+        (put("hal.p_16", torch.ones(6, 16) * torch.nan), r"'p_16' for .* holds NaN or Inf"),
+        (put("hal.mask", torch.full((12,), 0.5)), r"'mask' for .* holds other values than"),
         (drop("saved.classifier.bias"), r"'classifier' don't fit; missing \['bias'\]"),
         (put("saved.classifier.weight", torch.ones(4, 16)), r"'weight' for 'classifier' has shape"),
         (put("saved.classifier.bias", torch.ones(3).int()), r"'bias' for 'classifier' has dtype"),
-        (
-            put("saved.classifier.bias", torch.ones(3) * torch.nan),
-            r"'bias' for 'classifier' holds N",
-        ),
+        (put("saved.classifier.bias", torch.ones(3) / 0 * 0), r"'bias' for 'classifier' holds N"),
         (drop("hal._extra_state"), r"missing \['_extra_state'\]"),
-        (
-            put("hal._extra_state", torch.ones(2, dtype=torch.int64)),
-            r"_extra_state. for the adapter has sh",
-        ),
+        (put("hal._extra_state", torch.ones(2).long()), r"_extra_state. for the adapter has sh"),
         (put("hal._extra_state", torch.tensor([-5])), r"_extra_state begins with -5\.0"),
         (put("hal._extra_state", torch.tensor([0.5])), r"_extra_state. for the adapter has dtype"),
-        (
-            put("hal._extra_state", torch.tensor([torch.nan])),
-            r"_extra_state. for the adapter has dt",
-        ),
+        (put("hal._extra_state", torch.tensor([torch.nan])), r"_extra_state. for .* has dtype"),
         (put("hal._extra_state", torch.tensor([5j])), r"_extra_state. for the adapter has dtype"),
         (put("hal._extra_state", torch.tensor(5)), r"_extra_state. for the adapter has shape \(\)"),
-        (
-            put("hal._extra_state", torch.tensor([]).long()),
-            r"_extra_state. for the adapter has shape",
-        ),
+        (put("hal._extra_state", torch.tensor([]).long()), r"_extra_state. for .* has shape"),
         (put("hal._extra_state", torch.tensor([6])), r"says steps 5, its tensors say 6"),
     ],
 )

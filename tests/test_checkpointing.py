@@ -3,7 +3,6 @@
 The reentrant kind, which would not, is refused.
 """
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -23,6 +22,7 @@ from training import (
 import hal_kernels
 
 pytestmark = [
+    pytest.mark.usefixtures("small_hypernets"),
     # transformers is about to rename its switch; torch warns of evaluation under no_grad.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
@@ -30,11 +30,6 @@ pytestmark = [
 
 HYPERNETS = ["direct", "bert"]
 DOUBLE = 1e-10  # float64 sums in another order
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
 
 
 def patched(model, hypernet, **options):
@@ -95,9 +90,17 @@ def hugging_face(make, hypernet, checkpointed, loss, **options):
     return after_a_step(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"allocation": "ema", "dropout": 0.3}], ids=["", "ema"])
-@pytest.mark.parametrize("make", [models.bert, models.llama, models.gpt2])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+EMA = {"allocation": "ema", "dropout": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("hypernet", "make", "options"),
+    [
+        (None, models.bert, {}), (None, models.gpt2, {"dropout": 0.3}),
+        ("direct", models.llama, EMA), ("bert", models.bert, EMA), ("bert", models.llama, {}),
+        ("bert", models.gpt2, {}),
+    ],
+)  # fmt: skip
 def test_hugging_face(hypernet, make, options):
     expected = hugging_face(make, hypernet, False, "inside", **options)
     assert_same_step(hugging_face(make, hypernet, True, "inside", **options), expected)
@@ -111,9 +114,13 @@ def test_loss_outside_the_model(hypernet, loss):
     assert_same_step(hugging_face(models.bert, hypernet, True, loss), expected)
 
 
-@pytest.mark.parametrize("loss", ["inside", "outside"])
-@pytest.mark.parametrize("allocation", ["sensitivity", "ema"])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize(
+    ("hypernet", "allocation", "loss"),
+    [
+        (None, "sensitivity", "outside"), ("direct", "ema", "inside"),
+        ("bert", "sensitivity", "inside"), ("bert", "ema", "outside"),
+    ],
+)  # fmt: skip
 def test_without_penalty(hypernet, allocation, loss):
     """Without a penalty nothing but recomputed layers uses the factors."""
     options = {"gamma": 0.0, "allocation": allocation}
@@ -162,9 +169,8 @@ def checkpointed(hypernet, checkpoints, form="blocks", **options):
     return model
 
 
-@pytest.mark.parametrize("options", [{"gamma": 0.0}, {"allocation": "ema", "dropout": 0.3}])
+@pytest.mark.parametrize(("hypernet", "options"), [(None, {"dropout": 0.3}), ("bert", EMA)])
 @pytest.mark.parametrize("form", ["blocks", "plain", "whole", "twice", "shared"])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_own_blocks(hypernet, form, options):
     results = []
     for checkpoints in (False, True):

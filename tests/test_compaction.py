@@ -5,8 +5,8 @@ import copy
 import models
 import pytest
 import torch
-from lifecycle import HYPERNETS, patched, predict, prune, prune_layer, small_hypernets, unchanged
-from training import adam, assert_equal, batches, kept, state, train, trainable
+from lifecycle import patched, predict, prune, prune_layer, unchanged
+from training import adam, batches, kept, train, trainable
 
 import hal_kernels
 from hal_kernels import compact, factors, rank_pattern
@@ -21,10 +21,7 @@ SCHEDULES = {
     "cubic": ({"schedule": "cubic", "interval": 2, "total_step": 6, "tfinal": 1}, 6, 8),
 }
 
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 def trained(schedule, **options):
@@ -42,12 +39,14 @@ def trained(schedule, **options):
 # -- the function ----------------------------------------------------------------------------------
 
 
-KINDS = [("direct", "anchor")]  # update has no meaning there
-KINDS += [(h, u) for h in ("bert", "mlp", "cnn") for u in ("anchor", "replace", "residual")]
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("hypernet", "update"), KINDS)
+@pytest.mark.parametrize(
+    ("schedule", "hypernet", "update"),
+    [
+        ("partly", None, "spectral"), ("cubic", None, "spectral"), ("fixed", "direct", "anchor"),
+        ("cubic", "direct", "anchor"), ("partly", "bert", "anchor"), ("cubic", "bert", "replace"),
+        ("fixed", "bert", "residual"), ("partly", "mlp", "residual"), ("fixed", "cnn", "replace"),
+    ],
+)  # fmt: skip
 def test_same_function(schedule, hypernet, update):
     model, _, left = trained(schedule, hypernet=hypernet, update=update, dtype=torch.float64)
     before, ranks, expected = factors(model), rank_pattern(model), predict(model)
@@ -66,15 +65,6 @@ def test_same_function(schedule, hypernet, update):
     stored = model.hal.packed().tensors()
     assert sum(t.numel() for t in stored) == left * PER_DIRECTION
     assert model.hal.mask.shape == (left,)
-
-
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_same_function_in_float32(hypernet):
-    model, *_ = trained("fixed", hypernet=hypernet)
-    expected = predict(model)
-    compact(model)
-    # two dozen roundings of 2⁻²⁴ each, through four layers
-    assert (predict(model) - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("hypernet", ["direct", "bert"])
@@ -212,7 +202,7 @@ def test_training_goes_on_with_a_hypernetwork(hypernet):
     assert rank_pattern(model) == rank_pattern(twin) and sum(kept(model)) == 8
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_training_with_penalty_and_scores_goes_on(hypernet):
     model, optimizer, left = trained("partly", hypernet=hypernet, allocation="ema", gamma=0.1)
     compact(model)
@@ -245,21 +235,6 @@ def test_a_graph_from_before_stays_harmless(hypernet):
     compact(model)
     train(model, optimizer, batches(model, 3))
     assert before["loss"].isfinite()
-
-
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_save_and_load_after_it(hypernet, tmp_path):
-    model, optimizer, left = trained("partly", hypernet=hypernet)
-    compact(model)
-    hal_kernels.save_adapter(model, tmp_path)
-    loaded = hal_kernels.load_adapter(models.net(), tmp_path)
-    assert_equal(state(loaded), state(model))
-    assert torch.equal(predict(loaded), predict(model))
-    again = adam(loaded, 1e-3)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    data = batches(model, 4)
-    assert train(loaded, again, data) == train(model, optimizer, data)
-    assert loaded.hal.mask.shape == (left,) and sum(kept(loaded)) == 8
 
 
 def test_a_copy_of_a_compacted_model():

@@ -4,7 +4,6 @@ torch.compile(model) runs a model's hooks outside of its forward's graph and com
 itself; a function that calls the model is one graph.
 """
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -21,12 +20,7 @@ from training import (
 
 import hal_kernels
 
-HYPERNETS = ["direct", "bert"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 @pytest.fixture(autouse=True)
@@ -52,15 +46,23 @@ def compiled(model):
     return torch.compile(model, fullgraph=True, backend=counter), counter
 
 
-@pytest.mark.parametrize(
-    "hypernet, make", [("direct", short_bert), ("bert", models.net), ("bert", short_bert)]
-)
-def test_training(hypernet, make):
-    """Loss, gradients, state and masks over steps that prune, from one compilation."""
+def step(optimizer):
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["model", "function"])
+def test_training(whole):
+    """Loss, gradients, state and masks over steps that prune, from one compilation.
+
+    Of a model and its hooks, with the default's factors; of a function that is one graph, with
+    factors generated in it.
+    """
+    make, hypernet = (models.net, "bert") if whole else (short_bert, None)
     eager, model = patched(make, hypernet), patched(make, hypernet)
-    run, counter = compiled(model)
+    run, counter = compiled((lambda **inputs: model(**inputs)) if whole else model)
     optimizers = [adam(eager), adam(model)]
-    masks, frames = set(), None
+    masks, frames = set(), 1 if whole else None
     for index, inputs in enumerate(batches(eager, 4)):
         expected = models.loss_of(eager(**inputs))
         loss = models.loss_of(run(**inputs))
@@ -70,62 +72,45 @@ def test_training(hypernet, make):
             term.backward()
         assert_close(gradients(model), gradients(eager), 1e-7)
         for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+            step(optimizer)
         assert kept(model) == kept(eager)
         assert_close(state(model), state(eager), 1e-7)
         masks.add(str(kept(model)))
-        if index == 0:
-            frames = counter.frame_count
+        frames = frames or counter.frame_count
         assert model.hal.steps == index + 1
     assert len(masks) > 2
     assert counter.frame_count == frames, "compiled anew after the first step"
     assert budget_used(model) < 3 * len(model.hal.layout.layers)
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_one_graph(hypernet):
-    """Generation, model, loss and penalty of five training steps that prune."""
-    eager, model = patched(models.net, hypernet), patched(models.net, hypernet)
-    run, counter = compiled(lambda inputs: models.loss_of(model(**inputs)))
-    optimizers = [adam(eager), adam(model)]
-    for inputs in batches(model, 5):
-        models.loss_of(eager(**inputs)).backward()
-        run(inputs).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        assert_close(state(model), state(eager), 1e-7)
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("update", ["residual", "replace", "anchor"])
-def test_other_options(update):
-    """Probes on all factors, state read by the generation itself, a penalty with a square root."""
-    hypernet = "bert"
+@pytest.mark.parametrize(
+    ("update", "count"), [("residual", 2), pytest.param("replace", 1, marks=pytest.mark.slow)]
+)
+def test_other_options(update, count):
+    """Probes on all factors, state read by the generation itself, a penalty with a square root;
+    `count` micro-batches a step, whose sum the allocator sees."""
     options = {"update": update, "allocation": "ema", "penalty": "frobenius"}
-    eager, model = (patched(models.net, hypernet, **options) for _ in range(2))
+    eager, model = (patched(models.net, "bert", **options) for _ in range(2))
     run, _ = compiled(model)
     optimizers = [adam(eager), adam(model)]
-    for inputs in batches(eager, 3):
-        models.loss_of(eager(**inputs)).backward()
-        models.loss_of(run(**inputs)).backward()
+    for index, inputs in enumerate(batches(eager, 3 * count)):
+        for forward in (eager, run):
+            (models.loss_of(forward(**inputs)) / count).backward()
         assert_close(gradients(model), gradients(eager), 1e-7)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        if index % count == count - 1:
+            for optimizer in optimizers:
+                step(optimizer)
+    assert model.hal.steps == eager.hal.steps == 3
     assert_close(state(model), state(eager), 1e-7)
 
 
-@pytest.mark.parametrize("hypernet", ["bert"])
-def test_dropout(hypernet):
+def test_dropout():
     """The graph draws its seeds from torch's generator: reproducible, and different every step."""
-    model = patched(models.net, hypernet, dropout=0.5)
+    model = patched(models.net, "direct", dropout=0.5)
     optimizer = adam(model)
     for inputs in batches(model, 2):
         models.loss_of(model(**inputs)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(optimizer)
     run, _ = compiled(model)
     inputs = models.batch(model)
     torch.manual_seed(0)
@@ -136,10 +121,10 @@ def test_dropout(hypernet):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("hypernet, make", [("direct", models.net), ("bert", short_bert)])
-def test_evaluation(hypernet, make):
+@pytest.mark.parametrize("hypernet", [None, "bert"])
+def test_evaluation(hypernet):
     """Under no_grad, before and after a step: the factors of the moment, not of the first call."""
-    model = patched(make, hypernet)
+    model = patched(models.net, hypernet)
     run, counter = compiled(model.eval())
     optimizer = adam(model)
     frames = None
@@ -149,68 +134,33 @@ def test_evaluation(hypernet, make):
             torch.testing.assert_close(models.logits_of(run(**inputs)), expected, rtol=1e-9, atol=0)
         model.train()
         models.loss_of(model(**inputs)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(optimizer)
         model.eval()
         frames = frames or counter.frame_count
     assert counter.frame_count == frames
 
 
-@pytest.mark.parametrize("hypernet", ["bert"])
-def test_accumulation(hypernet):
-    """Micro-batches through the compiled model; the allocator sees the sum."""
-    eager, model = (patched(models.net, hypernet, allocation="ema") for _ in range(2))
-    run, _ = compiled(model)
-    optimizers = [adam(eager), adam(model)]
-    for index, inputs in enumerate(batches(eager, 6)):
-        for forward in (eager, run):
-            (models.loss_of(forward(**inputs)) / 2).backward()
-        if index % 2:
-            assert_close(gradients(model), gradients(eager), 1e-7)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-    assert model.hal.steps == eager.hal.steps == 3
-    assert_close(state(model), state(eager), 1e-7)
-
-
-@pytest.mark.parametrize("hypernet", ["bert"])
-def test_compiled_and_eager_calls_mixed(hypernet):
-    """Compiled training steps and eager evaluation of the same model, in turns."""
-    eager, model = patched(models.net, hypernet), patched(models.net, hypernet)
+@pytest.mark.filterwarnings("ignore:hal_kernels. an optimizer step is left out")
+def test_compiled_and_eager_calls_mixed():
+    """Compiled and eager training steps and evaluation of one model in turns, and a step whose loss
+    is NaN, which is skipped like any other."""
+    eager, model = patched(models.net, "bert"), patched(models.net, "bert")
     run, _ = compiled(model)
     optimizers = [adam(eager), adam(model)]
     for index, inputs in enumerate(batches(eager, 4)):
+        if index == 2:
+            before = state(model)
+            (models.loss_of(run(**inputs)) * float("nan")).backward()
+            step(optimizers[1])
+            assert all(torch.equal(t, before[n]) for n, t in state(model).items())
+            assert model.hal.steps == 2
         forwards = (eager, model if index % 2 else run)
         for forward, optimizer in zip(forwards, optimizers, strict=True):
             models.loss_of(forward(**inputs)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            step(optimizer)
         with torch.no_grad():
             torch.testing.assert_close(
                 models.logits_of(model(**inputs)), models.logits_of(eager(**inputs)),
                 rtol=1e-6, atol=1e-9,
             )  # fmt: skip
     assert_close(state(model), state(eager), 1e-7)
-
-
-@pytest.mark.filterwarnings("ignore:hal_kernels. an optimizer step is left out")
-@pytest.mark.parametrize("hypernet", ["bert"])
-def test_bad_step_of_a_compiled_model(hypernet):
-    """Skipped like any other."""
-    model = patched(models.net, hypernet)
-    run, _ = compiled(model)
-    optimizer = adam(model)
-    inputs = models.batch(model)
-    models.loss_of(run(**inputs)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    before = state(model)
-    (models.loss_of(run(**inputs)) * float("nan")).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    assert all(torch.equal(t, before[n]) for n, t in state(model).items())
-    assert model.hal.steps == 1
-    models.loss_of(run(**inputs)).backward()
-    optimizer.step()
-    assert model.hal.steps == 2

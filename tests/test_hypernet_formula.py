@@ -89,9 +89,13 @@ def check(case, bound=None):
 
 
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("kept", ["all", "some", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@ORDERS
+@pytest.mark.parametrize(
+    ("kept", "dtype", "norm_first"),
+    [
+        ("all", torch.float64, False), ("some", torch.float64, True),
+        ("none", torch.float64, False), ("some", torch.float32, False),
+    ],
+)  # fmt: skip
 def test_ragged_ranks_and_masks(norm_first, dtype, kept, layers):
     check(Case(layers, dtype, kept, norm_first=norm_first))
 
@@ -156,7 +160,8 @@ def test_gradcheck(norm_first, kept):
         named = dict(zip(names, tensors, strict=True))
         return tuple(torch.func.functional_call(case.net, named, given).tensors())
 
-    assert torch.autograd.gradcheck(function, parameters)
+    # against a random direction; test_ragged_ranks_and_masks compares every gradient
+    assert torch.autograd.gradcheck(function, parameters, fast_mode=True)
 
 
 @ORDERS
@@ -177,13 +182,6 @@ def test_large_scores_do_not_overflow(norm_first):
     case = Case(LAYERS["unequal"], torch.float32, norm_first=norm_first)
     case.net.body.qkv_weight.data.mul_(1e5)
     assert all(t.isfinite().all() for t in case.results().values())
-
-
-def test_compile():
-    torch._dynamo.reset()
-    case = Case(LAYERS["unequal"], torch.float32)
-    compiled = torch.compile(case.net, backend="aot_eager", fullgraph=True)
-    assert_same(case.results(compiled), case.results(), 1e-6)
 
 
 @pytest.mark.parametrize("layers", ["equal", "unequal"])

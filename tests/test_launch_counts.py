@@ -1,6 +1,5 @@
 """Per-step work over all layers is a constant number of torch calls, however many there are."""
 
-import lifecycle
 import pytest
 import torch
 from ops.util import count_calls
@@ -12,10 +11,7 @@ import hal_kernels
 DEPTHS = (2, 12, 48)
 WIDTH = 16
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 class Deep(nn.Module):

@@ -199,12 +199,6 @@ def test_a_merged_model_moved_to_another_dtype_unmerges():
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def test_merging_twice():
-    model = merge(patched())
-    with unchanged(model), pytest.raises(ValueError, match=r"model is merged: call .*unmerge"):
-        merge(model)
-
-
 def test_unmerge_without_the_base_weights():
     model = merge(patched(), keep_base=False)
     with unchanged(model), pytest.raises(ValueError, match=r"keep_base=False"):

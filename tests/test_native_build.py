@@ -27,13 +27,30 @@ print(*hal_kernels.backends()["svd_linear"]["cpu"], sep="|")
 """
 
 
-def use(native):
-    """(backend, reason, what stands on stderr) in a new process with HAL_KERNELS_NATIVE so set."""
-    environment = {**os.environ, "HAL_KERNELS_NATIVE": str(native), "PYTHONPATH": str(ROOT)}
+FORKS = """
+import os, sys, torch
+code, folder, *settings = sys.argv[1:]
+for index, native in enumerate(settings):
+    if os.fork() == 0:
+        os.environ["HAL_KERNELS_NATIVE"] = native
+        for number, kind in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{folder}/{index}.{kind}", os.O_WRONLY | os.O_CREAT), number)
+        exec(compile(code, "<string>", "exec"))
+        sys.exit()
+    assert os.wait()[1] == 0
+"""
+
+
+def use(folder, *settings):
+    """(backend, reason, what stands on stderr) in a process with HAL_KERNELS_NATIVE so set, for
+    each of `settings`. One imports torch for all of them."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("PYTHONWARNINGS", None)
-    command = [sys.executable, "-c", USE]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return *run.stdout.strip().split("|"), run.stderr
+    command = [sys.executable, "-c", FORKS, USE, str(folder), *map(str, settings)]
+    subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    for index in range(len(settings)):
+        said, errors = ((folder / f"{index}.{kind}").read_text() for kind in ("out", "err"))
+        yield *said.strip().split("|"), errors
 
 
 def build(*arguments, **variables):
@@ -47,14 +64,6 @@ def build(*arguments, **variables):
 
 
 # ---- loading -------------------------------------------------------------------------------
-
-
-def test_turned_off():
-    name, reason, errors = use("0")
-    assert (name, reason) == (
-        "default", "the native operators are turned off by HAL_KERNELS_NATIVE=0"
-    )  # fmt: skip
-    assert errors == ""
 
 
 def truncated(content):
@@ -72,25 +81,23 @@ def of_another_version(content):
 
 
 @BUILT
-@pytest.mark.parametrize("spoil", [truncated, garbage, of_another_version])
-def test_a_broken_library_is_one_warning_and_no_crash(tmp_path, spoil):
-    broken = tmp_path / "broken.so"
-    content, problem = spoil(LIBRARY.read_bytes())
-    broken.write_bytes(content)
-    name, reason, errors = use(broken)
-    assert name == "default"
-    assert reason == f"the native operators in {broken} cannot be used: {problem}"
-    assert errors.count("hal_kernels:") == 1
-    assert f"<string>:2: UserWarning: hal_kernels: {reason}. Plain PyTorch serves" in errors
-
-
-@BUILT
-def test_a_named_library_is_loaded(tmp_path):
+def test_what_is_loaded(tmp_path):
+    """Nothing if told so, a library that is named, and for a broken one: a warning, no crash."""
     copy = shutil.copy(LIBRARY, tmp_path / "copy.so")
-    name, reason, errors = use(copy)
-    assert name == "native"
-    assert reason.startswith("copy.so, ")
-    assert errors == ""
+    problems = {}
+    for spoil in (truncated, garbage, of_another_version):
+        content, problem = spoil(LIBRARY.read_bytes())
+        broken = tmp_path / f"{spoil.__name__}.so"
+        broken.write_bytes(content)
+        problems[broken] = problem
+    off, (name, reason, errors), *others = use(tmp_path, "0", copy, *problems)
+    assert off == ("default", "the native operators are turned off by HAL_KERNELS_NATIVE=0", "")
+    assert (name, errors) == ("native", "") and reason.startswith("copy.so, ")
+    for (broken, problem), (name, reason, errors) in zip(problems.items(), others, strict=True):
+        assert name == "default"
+        assert reason == f"the native operators in {broken} cannot be used: {problem}"
+        assert errors.count("hal_kernels:") == 1
+        assert f"<string>:2: UserWarning: hal_kernels: {reason}. Plain PyTorch serves" in errors
 
 
 @BUILT
@@ -195,7 +202,8 @@ def test_a_wheel_serves_every_python(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "hal_kernels/libhal_kernels.so" in names
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    name, _, errors = use(tmp_path / "installed/hal_kernels/libhal_kernels.so")
+    library = tmp_path / "installed/hal_kernels/libhal_kernels.so"
+    ((name, _, errors),) = use(tmp_path, library)
     assert (name, errors) == ("native", "")
 
 

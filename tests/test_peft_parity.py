@@ -112,13 +112,12 @@ def compare(make, data, *, dtype, lr, optimizer=torch.optim.AdamW, **options):
     return largest
 
 
-@pytest.mark.parametrize("interval", [1, 5])
-def test_tiny_bert_in_float64(interval):
+def test_tiny_bert_in_float64():
     """All three phases; the same arithmetic in another order leaves only rounding errors."""
     data = [models.batch(models.bert(), 8, seed=step) for step in range(60)]
-    options = {"interval": interval, "gamma": 0.5, "schedule": SHORT}
+    options = {"interval": 1, "gamma": 0.5, "schedule": SHORT}
     largest = compare(models.bert, data, dtype=torch.float64, lr=1e-2, **options)
-    report(f"tiny BERT, interval {interval}", largest)
+    report("tiny BERT", largest)
     assert largest < 1e-6
 
 
@@ -129,7 +128,7 @@ def test_tiny_bert_with_sgd_and_momentum():
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
 
     data = [models.batch(models.bert(), 8, seed=step) for step in range(60)]
-    options = {"interval": 3, "gamma": 0.1, "schedule": SHORT, "optimizer": sgd}
+    options = {"interval": 5, "gamma": 0.1, "schedule": SHORT, "optimizer": sgd}
     assert compare(models.bert, data, dtype=torch.float64, lr=0.1, **options) < 1e-6
 
 
@@ -196,6 +195,7 @@ def test_minilm_in_float64():
     assert largest < 1e-6
 
 
+@pytest.mark.slow
 def test_minilm_in_float32():
     """Rounding errors of 2⁻²⁴ grow over 50 steps; a changed formula shows at 1e-3 and more."""
     folder = minilm_folder()

@@ -6,7 +6,6 @@ Several of these are measured failures of PEFT's AdaLoRA.
 import contextlib
 import io
 
-import lifecycle
 import models
 import pytest
 import torch
@@ -24,10 +23,7 @@ from training import (
 
 import hal_kernels
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    lifecycle.small_hypernets(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
 # ---- dtypes of the base model ------------------------------------------------------------------
@@ -85,8 +81,9 @@ def test_autocast_training(hypernet):
 # ---- ranks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, CUBIC], ids=["fixed", "cubic"])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize(
+    ("hypernet", "options"), [(None, {}), ("bert", {}), ("direct", CUBIC), ("bert", CUBIC)]
+)
 def test_rank_equal_to_init_rank_prunes_nothing(hypernet, options):
     options = {"interval": 1, "seed": 0} | options | {"init_rank": 2}
     model = hal_kernels.patch_model(models.net(), 2, hypernet=hypernet, **options)
@@ -107,7 +104,7 @@ def test_init_rank_below_rank_is_an_error():
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_loaded_adapter_evaluates_with_labels(hypernet, with_gradients, tmp_path):
     model = hal_kernels.patch_model(models.bert(), 2, hypernet=hypernet, seed=0, gamma=10.0)
     train(model, adam(model), batches(model, 2))
@@ -126,7 +123,7 @@ def test_loaded_adapter_evaluates_with_labels(hypernet, with_gradients, tmp_path
     torch.testing.assert_close(training, models.loss_of(output) + penalty)
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_no_grad_training_loss_has_no_penalty_graph(hypernet):
     """A loss computed under no_grad is a number to report: never more than the task's loss."""
     model = patched_net(hypernet, gamma=10.0)
@@ -167,7 +164,7 @@ def data_in_place(parameter):
 
 
 @pytest.mark.parametrize("change", [in_place, data_swap, data_in_place])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_no_grad_sees_changed_parameters(hypernet, change):
     """The factors that evaluation keeps between calls follow every parameter."""
     model = patched_net(hypernet)
@@ -224,7 +221,7 @@ def test_steps_without_the_penalty_are_warned_of():
 
 
 @pytest.mark.parametrize("name", ["hal", "mask", "importance_lam", "uncertainty_q_16"])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", ["direct", "bert"])
 def test_an_adapter_apart_from_its_layers_is_refused(hypernet, name):
     """At the next forward, also in training: operators would read where nothing is."""
     model = patched_net(hypernet, allocation="ema")
@@ -276,10 +273,12 @@ def test_penalty_is_added_to_the_returned_loss(form, read):
     model = Wrapped(form)
     x = torch.randn(3, 8)
     task = read(model(x))
-    hal_kernels.patch_model(model, 2, gamma=2.0, seed=0)
+    hal_kernels.patch_model(model, 2, hypernet="direct", gamma=2.0, seed=0)
     output = model(x)
     assert type(output) is type(form(task, task))
-    torch.testing.assert_close(read(output), task + hal_kernels.penalty(model))
+    penalty = hal_kernels.penalty(model)
+    assert penalty > 0.1
+    torch.testing.assert_close(read(output), task + penalty)
     torch.testing.assert_close(read(model.eval()(x)), task)
 
 
@@ -292,7 +291,7 @@ def test_logits_are_left_alone(form):
     model = Wrapped(form)
     x = torch.randn(3, 8)
     before = model(x)
-    hal_kernels.patch_model(model, 2, gamma=2.0, seed=0)
+    hal_kernels.patch_model(model, 2, hypernet="direct", gamma=2.0, seed=0)
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
 
@@ -318,9 +317,8 @@ def test_trainer_needs_no_callback(tmp_path):
     assert reported == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)  # no penalty
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_accelerate_needs_no_callback(micro_batches):
-    accelerate = pytest.importorskip("accelerate")
+def test_accelerate_needs_no_callback():
+    accelerate, micro_batches = pytest.importorskip("accelerate"), 2
     model, plain = (
         hal_kernels.patch_model(models.bert(), 2, hypernet="bert", interval=1, seed=0)
         for _ in range(2)

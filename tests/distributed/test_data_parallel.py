@@ -82,7 +82,14 @@ def command(tmp_path, monkeypatch):
     return call
 
 
-def test_both_points_have_a_row_a_plot_and_a_place_on_the_page(command):
+@pytest.mark.parametrize("measured", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_both_points_have_a_row_a_plot_and_a_place_on_the_page(
+    measured, command, ranks, monkeypatch
+):
+    if not measured:
+        alone = {name: found | {"sent_bytes": 0} for name, found in ranks[0].items()}
+        results = {1: alone, 2: ranks[0]}
+        monkeypatch.setattr(data_parallel, "measure", lambda processes, **_: results[processes])
     command("--repeats", "2", "--warmup", "1")
     found = [json.loads(line) for line in command.rows.read_text().splitlines()]
     assert [row["value"] for row in found] == [1, 2]

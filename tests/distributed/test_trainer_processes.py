@@ -39,7 +39,7 @@ def trainer(folder, world, *, seed=0, accumulation=1):
     hypernet.HIDDEN, hypernet.INNER = 24, 32
     # Llama's loss is normalised over all processes and micro-batches, with num_items_in_batch.
     model = hal_kernels.patch_model(
-        models.llama(), 2, init_rank=4, interval=1, gamma=1.0, seed=seed
+        models.llama(), 2, hypernet="bert", init_rank=4, interval=1, gamma=1.0, seed=seed
     )
     arguments = TrainingArguments(
         folder, per_device_train_batch_size=BATCH // world // accumulation, max_steps=STEPS,
@@ -71,8 +71,8 @@ def small(monkeypatch):
         monkeypatch.setattr(hypernet, name, getattr(hypernet, name))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_train_as_one(accumulation, small, tmp_path):
+def test_two_processes_train_as_one(small, tmp_path):
+    accumulation = 2
     ranks = processes.run(train_in_processes, 2, str(tmp_path / "two"), accumulation)
     one = trainer(str(tmp_path / "one"), 1, accumulation=accumulation)
     one.train()

@@ -85,13 +85,12 @@ def test_the_adapter_and_its_lora_load_elsewhere(finetune, bert_folder, reviews,
     assert (logits(model) - logits(Auto.from_pretrained(bert_folder))).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("method", ["hyperadalora", "adalora"])
-def test_a_resumed_run_is_the_uninterrupted_one(method, finetune, bert_folder, reviews, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(finetune, bert_folder, reviews, tmp_path):
     """Bit for bit, and with each step's line in the metrics once."""
-    arguments = classification(bert_folder, reviews, "--method", method)
+    arguments = classification(bert_folder, reviews, "--method", "adalora")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert finetune(*arguments, "--output-dir", whole) == 0
-    assert finetune(*arguments, "--output-dir", parts) == 0
+    shutil.copytree(whole, parts)
     for path in [*(parts / "checkpoint-12").iterdir(), *(parts / "adapter").iterdir()]:
         path.unlink()  # as if it had been killed in between
     (parts / "checkpoint-12").rmdir()
@@ -140,7 +139,7 @@ def test_a_run_is_not_overwritten(finetune, bert_folder, reviews, tmp_path, caps
         (
             "nothing",
             ["--method", "adalora"],
-            "the checkpoint was made with hypernet='direct', update='spec",
+            "the checkpoint was made with hypernet='direct', update='spectral'",
         ),
         ("nothing", ["--method", "lora"], "Can't find a valid checkpoint"),
         ("nothing", ["--alpha", 3], "--alpha is 3.0, and 8.0 in the run that is to go on"),
@@ -187,8 +186,8 @@ BRIEF = (
 @pytest.mark.parametrize(
     "method, family",
     [
-        *(("adalora-peft", family) for family in HEADS),
-        *(("hyperadalora", family) for family in ("deberta-v2", "xlnet", "bart")),
+        *(("adalora-peft", family) for family in ("distilbert", "roberta", "t5", "gpt2", "xlnet")),
+        *(("hyperadalora", family) for family in ("deberta-v2", "xlnet", "bart", "llama")),
         ("lora", "bart"), ("full", "xlnet"),
     ],
 )  # fmt: skip
@@ -436,9 +435,12 @@ def test_accumulated_micro_batches_are_averaged(finetune, bert_folder, reviews, 
     found = []
     for rows, micro in ((4, 1), (2, 2)):
         out = tmp_path / str(micro)
-        arguments = classification(bert_folder, reviews, "--output-dir", out, "--max-steps", 10)
+        arguments = classification(bert_folder, reviews, "--output-dir", out, "--max-steps", 2)
+        arguments += ("--method", "adalora", "--gamma", 1.0)  # whose loss has a penalty
         more = ("--per-device-train-batch-size", rows, "--gradient-accumulation-steps", micro)
-        assert finetune(*arguments, "--learning-rate", 1e-30, "--logging-steps", 10, *more) == 0
+        assert finetune(*arguments, "--learning-rate", 1e-30, "--logging-steps", 2, *more) == 0
         found.append(next(e for e in lines(out / "metrics.jsonl") if "loss" in e))
-    assert found[0]["penalty"] == pytest.approx(found[1]["penalty"], rel=1e-4)
+    assert (
+        found[0]["penalty"] == pytest.approx(found[1]["penalty"], rel=1e-4) and found[0]["penalty"]
+    )
     assert found[0]["task_loss"] == pytest.approx(found[1]["task_loss"], rel=0.1)  # dropout

@@ -1,6 +1,8 @@
 """The example scripts, each run as a user would, on small settings."""
 
 import ast
+import contextlib
+import io
 import os
 import runpy
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import processes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAUNCHER = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -80,9 +83,22 @@ def test_sft_on_alpaca(run, instructions, tmp_path):
     assert (tmp_path / "adapter" / "adapter.json").exists()
 
 
-def test_accelerate_launch(tmp_path):
-    options = ("--steps", 20, "--out", tmp_path)
-    said = launched("accelerate_loop.py", *options, launcher=LAUNCHER)
+def in_processes(rank, world, *arguments):
+    sys.argv = ["accelerate_loop.py", *arguments]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        runpy.run_path(str(EXAMPLES / "accelerate_loop.py"), run_name="__main__")
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("launch", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_accelerate_launch(launch, tmp_path):
+    options = ("--steps", "20", "--out", str(tmp_path))
+    if launch:
+        said = launched("accelerate_loop.py", *options, launcher=LAUNCHER)
+    else:
+        said, nothing = processes.run(in_processes, 2, *options)
+        assert not nothing
     assert "2 processes" in said and "39 directions" in said  # 13 layers of rank 3
     assert (tmp_path / "adapter.json").exists()
 

@@ -40,6 +40,7 @@ BART = {"d_model": 16, "decoder_start_token_id": 3, "max_position_embeddings": 6
 for side in ("encoder", "decoder"):
     BART |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 24}
 FAMILIES = {
+    "bert": ("BertModel", SIZES),
     "distilbert": ("DistilBertModel", {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}),
     "roberta": ("RobertaModel", SIZES),
     "deberta-v2": ("DebertaV2Model", SIZES),

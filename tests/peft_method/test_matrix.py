@@ -15,8 +15,25 @@ from . import zoo
 
 # float32: two matrix products more or less, of 16 to 64 terms, in at most a dozen layers.
 CLOSE = 2e-5
-EACH = pytest.mark.parametrize("case", zoo.CASES, ids=lambda case: case.name)
-KINDS = pytest.mark.parametrize("hypernet", [None, "direct", "bert"])
+# Models whose layers are called as another one's are left to the nightly run.
+ALIKE = {"roberta": "bert", "qwen2": "llama", "mistral": "llama"}
+
+
+def on(name, *others):
+    marks = pytest.mark.slow if name in ALIKE else ()
+    return pytest.param(
+        zoo.BY_NAME[name], *others, marks=marks, id="-".join([name, *map(str, others)])
+    )
+
+
+EACH = pytest.mark.parametrize("case", [on(name) for name in zoo.BY_NAME])
+# Hypernetworks know no model, only layers: linear, Conv1D, shared by name, called twice.
+KINDS = pytest.mark.parametrize(
+    ("case", "hypernet"),
+    [on(name, None) for name in zoo.BY_NAME]
+    + [on(name, "direct") for name in ("bert", "gpt2", "shared")]
+    + [on(name, "bert") for name in ("llama", "gpt2", "twice")],
+)
 
 
 def adapter_of(model, name="default"):
@@ -36,7 +53,6 @@ def names_of_trained(model):
     }
 
 
-@EACH
 @KINDS
 def test_identity_at_start(case, hypernet):
     base = case.base()
@@ -47,7 +63,6 @@ def test_identity_at_start(case, hypernet):
     assert torch.equal(zoo.logits(model, batch), before)
 
 
-@EACH
 @KINDS
 def test_gradients(case, hypernet):
     """The adapter and modules_to_save get gradients, all of them, and nothing else does."""
@@ -61,7 +76,6 @@ def test_gradients(case, hypernet):
     assert [name for name, gradient in found.items() if not gradient.any()] == []
 
 
-@EACH
 @KINDS
 def test_training_changes_the_output_alone(case, hypernet):
     model = case.adapted(hypernet=hypernet)
@@ -74,7 +88,6 @@ def test_training_changes_the_output_alone(case, hypernet):
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
 
 
-@EACH
 @KINDS
 def test_save_and_load(case, hypernet, tmp_path):
     model = case.adapted(hypernet=hypernet)
@@ -95,7 +108,6 @@ def test_save_and_load(case, hypernet, tmp_path):
         assert torch.equal(adapter_of(loaded).state_dict()[key], value), key
 
 
-@EACH
 @KINDS
 def test_merge(case, hypernet):
     """Merged is unmerged; twice is once; back is exactly back."""
@@ -116,7 +128,6 @@ def test_merge(case, hypernet):
     assert torch.equal(zoo.logits(model, batch), expected)
 
 
-@EACH
 @KINDS
 def test_merge_and_unload(case, hypernet):
     model = case.adapted(hypernet=hypernet)
@@ -224,8 +235,11 @@ def test_several_adapters(case):
     assert list(model.peft_config) == list(model.base_model.hal_adapters) == ["default"]
 
 
-@EACH
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [on(name, torch.bfloat16) for name in zoo.BY_NAME]
+    + [on(name, torch.float16) for name in ("bert", "gpt2", "mlp")],
+)
 def test_half_precision_base(case, dtype):
     """Factors stay float32, outputs have the base's dtype, and training and merging work."""
     base = case.base(dtype=dtype)

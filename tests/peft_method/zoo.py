@@ -40,6 +40,9 @@ class Case:
     targets: Any = "all-linear"
     some_target: str = ""  # a name ending of some of its linear layers
 
+    def __str__(self) -> str:
+        return self.name
+
     def config(self, **options: Any) -> hal_peft.HyperAdaLoraConfig:
         defaults = {
             "r": 2, "hypernet": "direct", "task_type": self.task, "target_modules": self.targets,
