@@ -63,9 +63,9 @@ def pretrained(source: str) -> tuple[Any, Any]:
 
 def fitting_rows(tokenizer: Any, examples: Sequence[Any], length: int) -> list[dict[str, Any]]:
     """Prompts with their answers as token ids, of the examples that are at most `length` long."""
-    from hal_peft.finetune_data import encode_prompted
+    from hal_finetune.data import encode
 
-    rows = encode_prompted(tokenizer, examples, length + 1)  # whole, or cut to one token more
+    rows = encode(tokenizer, examples, length + 1)  # whole, or cut to one token more
     return [row for row in rows if len(row["input_ids"]) <= length]
 
 

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from bench import quality, training_time
+from bench import language, quality, training_time
 from hal_finetune import evaluators
+from hal_finetune.prompts import Prompted
 
 STEPS, WINDOW = 8, 4  # the suite's means are of 20 steps
 TINY = ["--steps", f"{STEPS}", "--base-steps", "4", "--batch", "2", "--length", "192"]
@@ -131,3 +132,33 @@ def test_labels_that_do_not_count():
     labels[:, :3] = -100
     own = training_time.text_loss(logits[:, 2:], labels[:, 2:])
     assert training_time.text_loss(logits, labels) == pytest.approx(own)
+
+
+def test_held_out_loss_by_steps(command, monkeypatch, tmp_path):
+    """bench.language: rows of every method on one model, and the frozen one's loss at the start."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "bos_token_id": None, "eos_token_id": quality.END}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes, **heads)).train()
+    subject = model.requires_grad_(False), quality.byte_tokenizer()
+    monkeypatch.setattr(language, "pretrained", lambda source: subject)
+    own = ["--data", str(tmp_path), "--out", str(tmp_path), "--task", "gsm8k", "--seed", "0"]
+    own += ["--steps", "4", "--batch", "2", "--length", "80", "--look", "2"]
+    methods = ["frozen", "adalora", "hal-spectral"]
+    monkeypatch.setattr(sys, "argv", ["language", *own, "--method", *methods, "--lr", "1e-2"])
+    language.main()
+    rows = [json.loads(line) for line in (tmp_path / "language.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == methods
+    start = rows[0]["held_out"]["0"]
+    for row in rows[1:]:
+        assert len(row["losses"]) == 4 and row["held_out"].keys() == {"2", "4"}
+        assert row["held_out"]["4"] < row["held_out"]["2"] < start
+
+
+def test_rows_that_do_not_fit_are_left_out():
+    tokenizer = quality.byte_tokenizer()
+    texts = [Prompted(prompt="ab", answer="c" * n) for n in (1, 3, 4)]
+    found = language.fitting_rows(tokenizer, texts, 6)
+    assert [len(row["input_ids"]) for row in found] == [4, 6]  # with the end

@@ -89,7 +89,7 @@ def test_backends_says_native_where_a_kernel_is_registered():
     found = hal_kernels.backends()
     assert {n for n, where in found.items() if where["cpu"].name == "native"} == set(OPERATORS)
     assert re.fullmatch(r"\w+\.so, (AVX-512|AVX2|SSE2|NEON|portable)", STATE.reason)
-    assert found["svd_linear_penalty"]["cpu"] == ("default", "not written natively")
+    assert found["spectral_step_"]["cpu"] == ("default", "not written natively")
 
 
 def test_the_native_kernel_runs():
