@@ -47,6 +47,21 @@ def test_merging_generated_factors(hypernet, monkeypatch):
     assert (predict(model) - adapted).abs().max() < 1e-12 * adapted.abs().max()
 
 
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])
+def test_merged_weights_are_rounded_once(base):
+    """ΔW is added in the factors' precision, not in that of the weight."""
+    model = patched(models.net(dtype=base))
+    found = hal_kernels.factors(model).items()
+    exact = {n: model.get_submodule(n).weight.double() + f.delta().double() for n, f in found}
+    merge(model)
+    half = torch.finfo(base).eps / 2
+    for name, total in exact.items():
+        error = (model.get_submodule(name).weight.double() - total).abs()
+        # Half a unit in the last place, of float16's subnormals too; 2⁻²⁰: of a float32 sum first.
+        bound = total.abs() * (half + 2**-20) + torch.finfo(base).smallest_normal * half
+        assert (error <= bound).all()
+
+
 @pytest.mark.parametrize(
     ("base", "tolerance"),
     [
