@@ -208,6 +208,11 @@ class HyperAdapter(State):
         under way in this thread."""
         return self._step_begins and self._pass.depth == 0
 
+    @property
+    def gamma(self) -> float:
+        """Weight of the penalty: none where spectral steps keep P and Q orthonormal."""
+        return 0.0 if self.config.spectral else self.config.gamma
+
     def penalty(self, packed: Packed | None = None) -> torch.Tensor:
         """γ · orthogonality penalty [eq. 7] of the factors of this pass (a scalar)."""
         if packed is None:
@@ -217,7 +222,7 @@ class HyperAdapter(State):
             packed = live.effective
         if torch.is_grad_enabled():
             self.notices.penalized = True
-        if self.config.spectral:  # P and Q stay orthonormal
+        if self.config.spectral:
             return packed.lam.new_zeros((), requires_grad=torch.is_grad_enabled())
         return packed_penalty(self, packed)
 
@@ -230,8 +235,7 @@ class HyperAdapter(State):
                 micro-batch pays.
         """
         here = self._pass
-        gamma = 0.0 if self.config.spectral else self.config.gamma  # P and Q stay orthonormal
-        if here.live is None or gamma == 0.0 or (counts_once and not here.begins_step):
+        if here.live is None or self.gamma == 0.0 or (counts_once and not here.begins_step):
             return None
         term = self.penalty(here.live.effective)
         if not torch.compiler.is_compiling():
@@ -394,7 +398,7 @@ class HyperAdapter(State):
             self._run_begins = False
             if self.steps == 1:
                 announce(self)
-            self.notices.step_taken(0.0 if self.config.spectral else self.config.gamma)
+            self.notices.step_taken(self.gamma)
             if not self.direct:
                 torch._foreach_copy_(self.packed().tensors(), recent.tensors())
             allocate(self)

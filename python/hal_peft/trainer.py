@@ -90,7 +90,7 @@ class AdapterTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         whole_window = self._normalised_over_window(num_items_in_batch)
         owed = not whole_window or self._paid_in != self.state.global_step
-        if outside and adapter.config.gamma > 0 and owed:
+        if outside and adapter.gamma > 0 and owed:
             self._paid_in = self.state.global_step
             term = hal_kernels.penalty(model)
             loss = loss + term.to(loss.device, loss.dtype)
