@@ -90,7 +90,7 @@ def convergence(
             line.append(", ".join("–" if s is None else str(s) for s in steps))
         if timed:
             line.append(", ".join(_seconds(members, target) for target in targets))
-        last = [statistics.fmean(row["losses"][-WINDOW:]) for row in members]
+        last = [_last(row) for row in members]
         accuracy = [row["accuracy"] for row in members]
         body.append([*line, f"{statistics.fmean(last):.3f}", f"{statistics.fmean(accuracy):.3f}"])
     head = ["method", "lr", "seeds", *(f"steps to {t:g}" for t in targets)]
@@ -119,40 +119,37 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 PARTS = {"half": 0.5, "three quarters": 0.75, "the end": 1.0}
 
 
-def compared(method: str = "spectral", peer: str = "adalora") -> str:
-    """Steps that `method` takes to the losses `peer` reaches at parts of its run; medians of seeds.
+def compared() -> str:
+    """Steps of spectral steps to the losses AdaLoRA reaches at parts of its run; medians of seeds.
 
     Both at the learning rate with the lowest last loss, on the seeds that both ran with.
     """
     body = []
     for name, (wanted, seeds) in SETTINGS.items():
         wanted = {"task": "sst2", "steps": 160, "rank": 3, "model": "MiniLM-L6"} | wanted
-        runs = {
-            m: _best_rate(rows("convergence", method=m, **wanted), seeds) for m in (method, peer)
-        }
-        common = sorted(runs[method].keys() & runs[peer].keys())
-        if not common:
+        ours, theirs = (
+            _best_rate(rows("convergence", method=method, **wanted), seeds)
+            for method in ("spectral", "adalora")
+        )
+        pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+        if not pairs:
             continue
-        ours, theirs = ([runs[m][seed] for seed in common] for m in (method, peer))
-        cells = []
+        line = [name, str(len(pairs)), ", ".join(f"{row['lr']:g}" for row in pairs[0])]
         for part in PARTS.values():
-            found = []
-            for own, other in zip(ours, theirs, strict=True):
-                course = [
-                    statistics.fmean(other["losses"][i - WINDOW : i])
-                    for i in range(WINDOW, round(part * wanted["steps"]) + 1)
-                ]
-                pair = [reached(row["losses"], min(course)) for row in (own, other)]
-                found.append(pair)
-            cells.append(_ratio(found))
-        last = [f"{statistics.fmean(_last(r) for r in side):.3f}" for side in (ours, theirs)]
-        accuracy = [
-            f"{statistics.fmean(r['accuracy'] for r in side):.3f}" for side in (ours, theirs)
-        ]
-        rates = f"{ours[0]['lr']:g}, {theirs[0]['lr']:g}"
-        body.append([name, str(len(common)), rates, *cells, ", ".join(last), ", ".join(accuracy)])
-    head = ["task", "seeds", "rates", *PARTS, "last losses", "accuracies"]
-    return markdown(head, body)
+            end = round(part * wanted["steps"])
+            line.append(_ratio([_steps_to_lowest(*pair, end) for pair in pairs]))
+        for value in (_last, lambda row: row["accuracy"]):
+            means = (statistics.fmean(map(value, side)) for side in zip(*pairs, strict=True))
+            line.append(", ".join(f"{mean:.3f}" for mean in means))
+        body.append(line)
+    return markdown(["task", "seeds", "rates", *PARTS, "last losses", "accuracies"], body)
+
+
+def _steps_to_lowest(own: Row, other: Row, end: int) -> tuple[int | None, int | None]:
+    """Steps of both runs to the lowest running mean that the other has up to step `end`."""
+    losses = other["losses"]
+    lowest = min(statistics.fmean(losses[i - WINDOW : i]) for i in range(WINDOW, end + 1))
+    return reached(own["losses"], lowest), reached(losses, lowest)
 
 
 def _best_rate(found: list[Row], seeds: tuple[int, ...]) -> dict[int, Row]:
@@ -169,7 +166,7 @@ def _last(row: Row) -> float:
     return statistics.fmean(row["losses"][-WINDOW:])
 
 
-def _ratio(pairs: list[list[int | None]]) -> str:
+def _ratio(pairs: list[tuple[int | None, int | None]]) -> str:
     """Medians of two methods' steps, and the first divided by the second; – : not reached."""
     ours, theirs = (
         statistics.median(math.inf if step is None else step for step in side)

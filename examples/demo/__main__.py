@@ -235,10 +235,8 @@ def add_what_it_took(results: Sequence[dict[str, Any]]) -> None:
     """Steps and seconds of each method to the mean loss that AdaLoRA has at half of its steps."""
     target = results[-1]["loss_half"]
     for result in results:
-        losses = result["losses"]
-        ends = range(WINDOW, len(losses) + 1)
-        means = (statistics.fmean(losses[end - WINDOW : end]) for end in ends)
-        steps = next((e for e, mean in zip(ends, means, strict=True) if mean <= target), None)
+        means = enumerate(running_mean(result["losses"], WINDOW), start=1)
+        steps = next((n for n, mean in means if n >= WINDOW and mean <= target), None)
         result["steps_to_target"] = steps
         result["seconds_to_target"] = steps and sum(result["milliseconds"][:steps]) / 1e3
 
