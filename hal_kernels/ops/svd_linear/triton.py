@@ -8,7 +8,7 @@ Three paths forward, of equal result up to rounding:
              what was prepared is rounded to y's dtype once.
     add      the vendor's GEMM; shrink; expand reads y, adds b and the adapter, and writes y.
     fused    one Triton GEMM with h as a second accumulator: x is read once, but multiplied with P
-             in every column tile. For small T and narrow d_out: the rule is `traffic.fused_tile`.
+             in every column tile. For small T and narrow d_out: the rule is `configs.fused_tile`.
 
 Without a `path` argument: fused where it pays for every layer, else what the architecture's config
 says. Backward has the first two: prepare writes the adapters' part of dx, and dy·W is added to it.
@@ -461,7 +461,7 @@ def tile_of_fused(
 ) -> Tile | None:
     """The tile to compute y and h with in one launch; None where two kernels and a GEMM cost less.
 
-    The rule is `traffic.fused_tile`. A weight must have adjacent rows or adjacent columns.
+    The rule is `configs.fused_tile`. A weight must have adjacent rows or adjacent columns.
     """
     always = path == "fused"
     if weight is None or path in ("prepare", "add") or (1 not in weight.stride() and not always):
