@@ -16,7 +16,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from hal_kernels.kernels import configs
+from hal_kernels.nn.layout import LayerSpec, Layout
 from hal_kernels.ops.orthogonality_penalty import triton as penalty_kernels
+from hal_kernels.ops.spectral_step import triton as spectral_kernels
 from hal_kernels.ops.svd_linear import triton as svd_linear
 
 
@@ -81,6 +83,20 @@ def penalty(*groups):
     penalty_kernels.backward(value, factors, residuals, *rest)
 
 
+def spectral(*layers):
+    """Of layers (d_in, d_out, r), with a mask and a gain."""
+    layout = Layout([LayerSpec(str(i), *d, d[2], 1.0) for i, d in enumerate(layers)])
+    p, q = ([torch.randn(sum(g.ranks), g.width) for g in s.groups] for s in (layout.p, layout.q))
+    lam, numbers = torch.randn(layout.rows), [torch.ones(len(layers), dtype=torch.float64)] * 3
+    rows = [torch.tensor(side.rows) for side in (layout.p, layout.q)]
+    offsets = [torch.tensor(o) for o in (layout.p.offsets, layout.offsets, layout.q.offsets)]
+    spectral_kernels.step_(
+        p, lam, q, p, q, p, q, torch.ones_like(lam), *numbers, torch.zeros(()), 0.9, 0.5,
+        rows, offsets, layout.p.counts, layout.q.counts, layout.p.sizes, layout.q.sizes,
+        layout.max_rank,
+    )  # fmt: skip
+
+
 def rows():
     for T in (2048, 1, 15, 16, 17, 100, 512, 513, 1000, 4096, 4097, 20000):
         linear(T, 768, 768, 3)
@@ -99,6 +115,8 @@ def odd():
     group(300, 1, (1, 1, 1), 1)
     penalty((1, 1, 1))
     penalty((2, 1, 1), (16, 1, 16), (1, 3, 7))
+    spectral((1, 1, 1))
+    spectral((1, 16, 1), (7, 1, 1), (64, 65, 9))
 
 
 if __name__ == "__main__":
