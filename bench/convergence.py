@@ -2,6 +2,7 @@
 
     python -m bench.convergence --data FOLDER --task sst2 [--method spectral adalora]
                                 [--lr 5e-4 1e-3] [--seed 0 1 2] [--steps 160] [--target 0.5]
+                                [--warmup 0] [--beta2 0.95]
 
 FOLDER holds ``<task>_train.jsonl`` and ``<task>_dev.jsonl`` (or .gz). The task "stdlib", the
 families of the standard library's modules told by their docstrings, needs none; "gsm8k" tells from
@@ -33,6 +34,7 @@ from .widened import widened
 
 WINDOW = 20  # steps of the running mean
 ALPHA, GAMMA, HEAD_LR, BATCH = 8.0, 0.1, 1e-3, 32
+BETA2 = 0.999  # Adam's, of the adapters; the head has the same by every method
 LENGTHS = {
     "sst2": 48,
     "stdlib": 48,
@@ -110,8 +112,9 @@ def run(
     """Train once; the loss (without the penalty) and the seconds at each step, and accuracies.
 
     Args:
-        key: the row's fields; "gamma" and "rank" where they are not GAMMA and RANK, "hidden_size"
-            where it is not the model's own.
+        key: the row's fields; "gamma", "rank" and "beta2" where they are not GAMMA, RANK and BETA2,
+            "hidden_size" where it is not the model's own, "warmup" where it is not a tenth of the
+            steps.
         look: what it finds in the trained model, in evaluation mode, joins the result.
     """
     from torch.nn.functional import cross_entropy
@@ -133,10 +136,14 @@ def run(
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     head = [p for n, p in named if _in_head(n)]
     rest = [p for n, p in named if not _in_head(n)]
+    beta2 = key.get("beta2") or BETA2
     optimizer = torch.optim.AdamW(
-        [{"params": rest, "lr": key["lr"]}, {"params": head, "lr": HEAD_LR}], weight_decay=0.0
+        [{"params": rest, "lr": key["lr"], "betas": (0.9, beta2)}, {"params": head, "lr": HEAD_LR}],
+        weight_decay=0.0,
     )
-    schedule = get_cosine_schedule_with_warmup(optimizer, key["steps"] // 10, key["steps"])
+    warmup = key.get("warmup")
+    warmup = key["steps"] // 10 if warmup is None else warmup
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, key["steps"])
     losses: list[float] = []
     seconds: list[float] = []
     course: list[dict[str, float]] = []
@@ -246,6 +253,8 @@ def main() -> int:
     options.add_argument("--rank", type=int, default=RANK)
     options.add_argument("--init-rank", type=int, help="default: the rank, so nothing is pruned")
     options.add_argument("--hidden-size", type=int, help="widen the model to this (bench.widened)")
+    options.add_argument("--warmup", type=int, help="steps; default: a tenth of them")
+    options.add_argument("--beta2", type=float, help=f"of AdamW for the adapters; default: {BETA2}")
     options.add_argument("--target", type=float, default=0.5, help="loss that is to be reached")
     arguments = options.parse_args()
     if arguments.quick:
@@ -259,6 +268,7 @@ def main() -> int:
     common = {
         "task": arguments.task, "steps": arguments.steps, "rank": arguments.rank,
         "init_rank": arguments.init_rank or arguments.rank, "model": model,
+        "warmup": arguments.warmup, "beta2": arguments.beta2,
     }  # fmt: skip
     if arguments.hidden_size:
         size = arguments.hidden_size
