@@ -65,7 +65,7 @@ def orthogonality_penalty_cases() -> Iterator[Case]:
 
 
 def spectral_step_cases() -> Iterator[Case]:
-    """Two widths a side; both ranks that are compiled; factors in float32 and in 16 bits."""
+    """Two widths a side; all ranks that are compiled; factors in float32 and in 16 bits."""
     n, lists = 4, ("factors", "momenta", "gradients")
     ints = ("starts", "firsts", "skips", "widths", "matrices")
     doubles = (
@@ -78,9 +78,7 @@ def spectral_step_cases() -> Iterator[Case]:
     types |= {"offsets": ("*i64",) * 3, "rows_p": "*i64", "rows_q": "*i64"}
     types |= dict.fromkeys(("lam", "mask", "candidates", "log_gain"), "*fp32")
     aligned = (*lists, "widths", "offsets", "grams", "transforms")
-    for arch, rank in itertools.product(
-        ARCHITECTURES, (spectral_step.LOWEST_RANK, spectral_step.HIGHEST_RANK)
-    ):
+    for arch, rank in itertools.product(ARCHITECTURES, spectral_step.RANKS):
         entries = {"N": n, "NP": 2, "R": rank}
         found = [(triton_solve.solve_kernel, {"R": rank, "BM": 64}, "*fp32")]
         for pointer in ("*fp32", "*bf16"):

@@ -61,6 +61,12 @@ def test_matches_the_reference():
     assert (case.lam[case.mask <= 0] == 0).all()
 
 
+@pytest.mark.slow
+def test_the_highest_rank():
+    """A rank between two powers of two, padded to the largest that registers hold."""
+    check(make([(40, 26, 18)]), 4e-6)
+
+
 def test_bfloat16():
     check(make([(24, 16, 2)], torch.bfloat16), 2e-2, eta=0.3, scaling=2.5, decay=0.9)
 
@@ -144,7 +150,7 @@ def test_equal_inputs_give_equal_bits():
 
 
 @pytest.mark.parametrize(
-    "layers, dtype", [([(40, 40, 17)], torch.float32), ([(9, 8, 2)], torch.float64)]
+    "layers, dtype", [([(40, 40, 33)], torch.float32), ([(9, 8, 2)], torch.float64)]
 )
 def test_what_the_default_implementation_computes(layers, dtype):
     case = make(layers, dtype)
@@ -165,7 +171,7 @@ def test_the_operator_runs_them():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rank", [4, 8, 16])
+@pytest.mark.parametrize("rank", [4, 8, 16, 32])
 def test_large(rank):
     layers = [(768, 768, rank)] * 8 + [(768, 3072, rank), (3072, 768, rank)]
     case = make(layers)

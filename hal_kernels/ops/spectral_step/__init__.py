@@ -23,7 +23,7 @@ After a step Λ ≥ 0 (for s > 0) descends along the rows that are kept. A prune
 vectors of the next candidate: orthonormal to the others, and the first to come back.
 
 Backends: default (`batched`, plain PyTorch, every device), cuda (`triton`, in
-Triton, for ranks up to 16).
+Triton, for ranks up to 32).
 """
 
 import math

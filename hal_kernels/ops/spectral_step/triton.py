@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The spectral step of all layers in three launches, for ranks up to 16.
+"""The spectral step of all layers in three launches, for ranks up to 32.
 
     gram_kernel    Gram matrices of [P; v], v = β(βm + L) + L, one program a matrix
     solve_kernel   the small problems, one program a layer (`triton_solve`)
@@ -20,7 +20,8 @@ import triton.language as tl
 from ...kernels.launch import DTYPES, on_device_of
 from .triton_solve import solve_kernel
 
-LOWEST_RANK, HIGHEST_RANK = 8, 16
+# Of 4 × 4 numbers ptxas makes code that spills (sm_80, sm_89), of 64 × 64 more than registers hold.
+RANKS = (8, 16, 32)
 BK = 64  # columns that `write_kernel` takes at a time
 WARPS = 8  # threads share out R × R numbers of 64 bits, and of `gram_kernel` BK times as many
 
@@ -142,9 +143,7 @@ def write_kernel(
 
 def supported(changed: Sequence[torch.Tensor], max_rank: int) -> bool:
     """float64, higher ranks and tensors with gaps are left to the default implementation."""
-    return max_rank <= HIGHEST_RANK and all(
-        t.dtype in DTYPES and t.is_contiguous() for t in changed
-    )
+    return max_rank <= RANKS[-1] and all(t.dtype in DTYPES and t.is_contiguous() for t in changed)
 
 
 def step_(
@@ -171,8 +170,7 @@ def step_(
     max_rank: int,
 ) -> torch.Tensor:
     """`hal::spectral_step_`, in three launches."""
-    # Of 4 × 4 numbers ptxas makes code that spills (sm_80, sm_89): smaller ranks are padded to 8.
-    n, rank = offsets[1].shape[0] - 1, max(LOWEST_RANK, 1 << (max_rank - 1).bit_length())
+    n, rank = offsets[1].shape[0] - 1, next(r for r in RANKS if r >= max_rank)
     factors, momenta, gradients = (
         tuple(t.contiguous() for t in (*of_p, *of_q))
         for of_p, of_q in ((p, q), (momentum_p, momentum_q), (gradient_p, gradient_q))

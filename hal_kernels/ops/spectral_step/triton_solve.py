@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """The small problems of a spectral step in Triton, one program a layer: `ops.spectral_step.solve`.
 
-All is in float64 and in registers, for ranks up to 16. A matrix of 2R × 2R is four blocks of R × R,
+All is in float64 and in registers, for ranks up to 32. A matrix of 2R × 2R is four blocks of R × R,
 whose columns come in two halves, left and right; [R, R] blocks of the two sides are the diagonal of
 one. There is one decomposition, `jacobi`, in which a column of zeros stays one: coordinates that
 nothing leads to never mix with others.
@@ -270,6 +270,12 @@ def solve_kernel(
         w_p, n_p, w_q, n_q = eigen(mm_p, mm_q, R)
         root_p, inverse_p, direction_p, inside_p, rest_p = basis_of(v_p, e_p, w_p, n_p, mp_p)
         root_q, inverse_q, direction_q, inside_q, rest_q = basis_of(v_q, e_q, w_q, n_q, mp_q)
+        # Only the end needs these: until then they lie where the results will be, out of registers.
+        t_p, t_q = transforms + at_p, transforms + at_q
+        tl.store(t_p, inverse_p)
+        tl.store(t_q, inverse_q)
+        tl.store(t_p + R * R, direction_p)
+        tl.store(t_q + R * R, direction_q)
         v_p, e_p, v_q, e_q = eigen(rest_p, rest_q, R)
         outside_p = v_p * scaled(e_p, e_p > INSIDE, 1)
         outside_q = v_q * scaled(e_q, e_q > INSIDE, 1)
@@ -312,7 +318,10 @@ def solve_kernel(
 
         store_some(lam + first, o, tl.where(kept, taken / s, 0.0), rank)
         p_on_o, q_on_o = product(p_on_o, back_p), product(q_on_o, back_q)
-        t_p, t_q = transforms + at_p, transforms + at_q
+        tl.debug_barrier()
+        inverse_p, inverse_q = tl.load(t_p), tl.load(t_q)
+        direction_p, direction_q = tl.load(t_p + R * R), tl.load(t_q + R * R)
+        tl.debug_barrier()  # all is read before it is written over
         tl.store(t_p, product(p_on_p - product(p_on_o, inside_p), inverse_p))
         tl.store(t_q, product(q_on_p - product(q_on_o, inside_q), inverse_q))
         tl.store(t_p + R * R, product(p_on_o, direction_p))
