@@ -210,7 +210,7 @@ def figures(contender: Contender, before: float, after: float) -> dict[str, Any]
         "loss_half": statistics.fmean(losses[:half][-WINDOW:]),
         "loss_end": statistics.fmean(losses[-WINDOW:]),
         "milliseconds": contender.milliseconds,
-        "training_bytes": training_bytes(contender),
+        "state_bytes": state_bytes(contender),
         "accuracy_before": before,
         "accuracy_after": after,
         "step_ms": statistics.median(contender.milliseconds),
@@ -221,11 +221,11 @@ def figures(contender: Contender, before: float, after: float) -> dict[str, Any]
     }
 
 
-def training_bytes(contender: Contender) -> int:
-    """Of what is trained beside the classifier: parameters, their gradients, the moments."""
+def state_bytes(contender: Contender) -> int:
+    """Of the adapter's parameters and the optimizer's moments of them, without the classifier."""
     held = list(contender.optimizer.param_groups[0]["params"])
     moments = [t for p in held for t in contender.optimizer.state.get(p, {}).values()]
-    tensors = [*held, *held, *(t for t in moments if isinstance(t, torch.Tensor))]
+    tensors = [*held, *(t for t in moments if isinstance(t, torch.Tensor))]
     if hasattr(contender.model, "hal"):
         tensors += [t for n, t in contender.model.hal.named_buffers() if n.startswith("momentum_")]
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -254,11 +254,11 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
         "training loss at the end, without penalty": "{loss_end:.3f}",
         "held-out accuracy before": "{accuracy_before:.1%}",
         "held-out accuracy after": "{accuracy_after:.1%}",
-        "KiB of the adapter in training, moments included": "{kib:,.0f}",
+        "KiB of the adapter and its optimizer state": "{kib:,.0f}",
     }
     shown = [
         result
-        | {"kib": result["training_bytes"] / 2**10}
+        | {"kib": result["state_bytes"] / 2**10}
         | {"seconds_to_target": result["seconds_to_target"] or math.nan}
         for result in results
     ]
