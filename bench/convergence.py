@@ -49,6 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": {},  # PEFT's
     "direct": {"hypernet": "direct", "penalty": "frobenius"},
     "spectral": {},
+    "spectral-magnitude": {"allocation": "magnitude"},
+    "spectral-cubic": {"schedule": "cubic"},  # AdaLoRA's, with spectral steps' own scores
     "generated": {"hypernet": "bert"},
     "generated-mlp": {"hypernet": "mlp"},
     "generated-cnn": {"hypernet": "cnn"},
@@ -92,9 +94,12 @@ def build(key: dict[str, Any], model: Any) -> tuple[Any, Any]:
         # Pruning from a rank to itself fails in PEFT, and would do nothing.
         after = adapted.base_model.update_and_allocate if init_rank > rank else lambda step: None
         return adapted, after
+    options = dict(METHODS[method])
+    if options.get("schedule") == "cubic":
+        options |= {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 3}
     hal_kernels.patch_model(
         model, rank, init_rank=init_rank, targets=targets, modules_to_save=HEADS, alpha=ALPHA,
-        gamma=gamma, interval=interval, seed=seed, **METHODS[method],
+        gamma=gamma, interval=interval, seed=seed, **options,
     )  # fmt: skip
     return model, lambda step: None
 
@@ -274,7 +279,7 @@ def main() -> int:
         size = arguments.hidden_size
         common |= {"model": f"{model}-d{size}", "hidden_size": size}
     for method, seed in itertools.product(arguments.method, arguments.seed):
-        grid = arguments.lr or GRIDS[method if method in GRIDS else "generated"]
+        grid = arguments.lr or GRIDS[next(own for own in GRIDS if method.startswith(own))]
         for lr in grid[:1] if arguments.quick else grid:
             key = common | {"method": method, "lr": lr, "seed": seed}
             if stored(path, key):
