@@ -75,16 +75,15 @@ def convergence(
 
     Seconds, where some of the rows have them, are means over the seeds that do.
     """
-    wanted = {"task": "sst2", "steps": 160, "rank": 3, "model": "MiniLM-L6"} | wanted
-    groups: dict[tuple[str, float], list[Row]] = {}
-    for row in rows(name, **wanted):
+    groups: dict[tuple[str, float, str], list[Row]] = {}
+    for row in rows(name, **_setting(wanted)):
         if row["seed"] in seeds:
-            groups.setdefault((row["method"], row["lr"]), []).append(row)
+            groups.setdefault((row["method"], row["lr"], rate(row)), []).append(row)
     timed = any(row["seconds"] for members in groups.values() for row in members)
     body = []
-    for (method, lr), members in sorted(groups.items()):
+    for (method, _, said), members in sorted(groups.items()):
         members.sort(key=lambda row: row["seed"])
-        line = [method, f"{lr:g}", ", ".join(str(row["seed"]) for row in members)]
+        line = [method, said, ", ".join(str(row["seed"]) for row in members)]
         for target in targets:
             steps = [reached(row["losses"], target) for row in members]
             line.append(", ".join("–" if s is None else str(s) for s in steps))
@@ -96,6 +95,20 @@ def convergence(
     head = ["method", "lr", "seeds", *(f"steps to {t:g}" for t in targets)]
     head += ["seconds to these"] * timed
     return markdown([*head, "last loss", "accuracy"], body)
+
+
+def _setting(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Fields of runs without pruning; what is not said is as on SST-2."""
+    wanted = {"task": "sst2", "steps": 160, "rank": 3, "model": "MiniLM-L6"} | wanted
+    return {"init_rank": wanted["rank"]} | wanted
+
+
+def rate(row: Row) -> str:
+    """A run's learning rate, and what of its optimizer is not the default."""
+    said = f"{row['lr']:g}"
+    if row.get("warmup") is not None:
+        said += f", warm-up {row['warmup']}"
+    return said + (f", β₂ {row['beta2']:g}" if row.get("beta2") else "")
 
 
 def _seconds(members: list[Row], target: float) -> str:
@@ -126,7 +139,7 @@ def compared() -> str:
     """
     body = []
     for name, (wanted, seeds) in SETTINGS.items():
-        wanted = {"task": "sst2", "steps": 160, "rank": 3, "model": "MiniLM-L6"} | wanted
+        wanted = _setting(wanted)
         ours, theirs = (
             _best_rate(rows("convergence", method=method, **wanted), seeds)
             for method in ("spectral", "adalora")
@@ -134,7 +147,7 @@ def compared() -> str:
         pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
         if not pairs:
             continue
-        line = [name, str(len(pairs)), ", ".join(f"{row['lr']:g}" for row in pairs[0])]
+        line = [name, str(len(pairs)), " : ".join(map(rate, pairs[0]))]
         for part in PARTS.values():
             end = round(part * wanted["steps"])
             line.append(_ratio([_steps_to_lowest(*pair, end) for pair in pairs]))
@@ -154,10 +167,10 @@ def _steps_to_lowest(own: Row, other: Row, end: int) -> tuple[int | None, int | 
 
 def _best_rate(found: list[Row], seeds: tuple[int, ...]) -> dict[int, Row]:
     """By seed, the runs at the learning rate that most of the seeds ran with, and ended lowest."""
-    by_rate: dict[float, dict[int, Row]] = {}
+    by_rate: dict[str, dict[int, Row]] = {}
     for row in found:
         if row["seed"] in seeds:
-            by_rate.setdefault(row["lr"], {})[row["seed"]] = row
+            by_rate.setdefault(rate(row), {})[row["seed"]] = row
     key = lambda runs: (-len(runs), statistics.fmean(_last(row) for row in runs.values()))  # noqa: E731
     return min(by_rate.values(), key=key, default={})
 
