@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 TANGENT = 2.0**-24
 """c. K and L are far larger than dP and dQ; so small they take no part in clipping by the norm."""
 
-RATE = 2.5
+RATE = 0.8
 """η of a layer over the optimizer's learning rate and √max(d_in, d_out), so that a rate of 1e-3
-suits adapter and head alike. Elements of such a step are of one size in layers of all shapes. It is
-what serves at the start of a run: the gain takes it down from there."""
+suits adapter and head alike. Elements of such a step are of one size in layers of all shapes."""
 
 BETA = 0.9
 
