@@ -188,10 +188,10 @@ def _ratio(pairs: list[tuple[int | None, int | None]]) -> str:
     return "–" if math.isinf(ours) else f"{ours:g} : {theirs:g} = {ours / theirs:.2f}"
 
 
-def language(task: str) -> str:
+def language(task: str, name: str = "language") -> str:
     """Held-out loss of a language model by steps, each method at each of its rates."""
     body = []
-    found = rows("language", task=task)
+    found = rows(name, task=task)
     for row in sorted(found, key=lambda row: (row["method"], row["lr"] or 0.0, row["seed"] or 0)):
         held = list(row["held_out"].values())
         cells = (
@@ -248,6 +248,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "convergence-compared": compared,
     "language-gsm8k": lambda: language("gsm8k"),
     "language-alpaca": lambda: language("alpaca"),
+    "language-trials-gsm8k": lambda: language("gsm8k", "language_trials"),
+    "language-trials-alpaca": lambda: language("alpaca", "language_trials"),
     "spectral-gsm8k": lambda: spectral_trials("gsm8k"),
     "spectral-alpaca": lambda: spectral_trials("alpaca"),
     "spectral-sst2": lambda: spectral_trials("sst2"),
