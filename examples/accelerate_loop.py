@@ -33,7 +33,7 @@ def main() -> None:
     tokens = torch.randint(0, 64, (512, 16))
     labels = (tokens[:, 1] < 32).long()  # what there is to learn
     loader = DataLoader(TensorDataset(tokens, labels), batch_size=8, shuffle=True)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-4)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     adapter = accelerator.unwrap_model(model).hal

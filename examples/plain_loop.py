@@ -25,7 +25,7 @@ def main() -> None:
     target = nn.Linear(32, 8)
 
     hal_kernels.patch_model(model, rank=options.rank, interval=max(1, options.steps // 20))
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-4)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     for step in range(1, options.steps + 1):
         x = torch.randn(64, 32)
         loss = (model(x) - target(x).detach()).square().mean()

@@ -62,7 +62,7 @@ def main() -> None:
         options.out,
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
-        learning_rate=3e-4,
+        learning_rate=1e-3,
         max_length=options.max_length,
         logging_steps=max(1, options.steps // 10),
         save_strategy="no",
