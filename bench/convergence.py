@@ -61,7 +61,7 @@ GRIDS = {  # factor-3 steps; the paper's 1e-5 is in all of them
     "full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
     "adalora": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "direct": (1e-5, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "spectral": (2.5e-4, 5e-4, 1e-3, 1.5e-3, 2.5e-3),
+    "spectral": (3e-4, 1e-3, 2e-3, 4e-3),
     "generated": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
 }
 

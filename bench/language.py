@@ -35,7 +35,7 @@ from .quality import load
 from .training_step import this_device
 from .training_time import TASKS, train
 
-GRIDS = {"hal-spectral": (2.5e-4, 5e-4, 1e-3), "hal-hyper": (1e-4, 3e-4, 1e-3)}
+GRIDS = {"hal-spectral": (3e-4, 1e-3, 3e-3), "hal-hyper": (1e-4, 3e-4, 1e-3)}
 ADAM_GRID = (3e-3, 1e-2, 3e-2)
 PACKAGED = "SmolLM2-135M-Instruct"
 RANK = 3
