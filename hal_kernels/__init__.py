@@ -14,7 +14,7 @@ from .compaction import compact
 from .config import HALConfig
 from .distributed import replicate
 from .export import export_lora
-from .introspection import Factors, factors, penalty, rank_pattern, step
+from .introspection import Factors, factors, penalty, rank_pattern, step, summary
 from .merging import merge, unmerge
 from .nn import HALLinear
 from .patched import disabled
@@ -41,5 +41,6 @@ __all__ = [
     "replicate",
     "save_adapter",
     "step",
+    "summary",
     "unmerge",
 ]

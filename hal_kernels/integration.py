@@ -10,7 +10,7 @@ from .checks import INVALID, expect_finite, expect_mask, expect_tensors
 from .compaction import compact_adapter
 from .export import exact_targets, write_lora
 from .files import folder_path, serialized, write_together
-from .introspection import adapter_factors, adapter_rank_pattern
+from .introspection import adapter_factors, adapter_rank_pattern, starting_rate
 from .nn.adapter import HyperAdapter
 from .nn.earlier import without_offsets, without_sketches
 from .nn.layout import Layout
@@ -31,6 +31,7 @@ __all__ = [  # noqa: RUF022
     "LayerSlot", "layers_of", "SharedInput", "find_groups",
     # what an adapter holds
     "adapter_factors", "adapter_rank_pattern", "compact_adapter", "replace_data",
+    "starting_rate",
     # checkpoints: what their tensors must be, and files that a kill leaves whole
     "saved_steps", "LATER", "without_offsets", "without_sketches",
     "expect_tensors", "expect_finite", "expect_mask", "INVALID",

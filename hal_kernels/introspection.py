@@ -1,6 +1,7 @@
-"""What an adapter holds: its factors, ranks and penalty; and `step` for foreign optimizers."""
+"""What an adapter holds: factors, ranks, penalty, size; and `step` for foreign optimizers."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -76,6 +77,48 @@ def adapter_rank_pattern(adapter: HyperAdapter) -> dict[str, int]:
         spec.name: int((mask > 0).sum())
         for spec, mask in zip(adapter.layout.layers, masks, strict=True)
     }
+
+
+def summary(model: nn.Module) -> str:
+    """A few lines to print before training: what trains, at what rank and rate, in what memory.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, not patched, or has other layers since.
+    """
+    adapter = intact_adapter(model)
+    layout, last = adapter.layout, adapter.last_allocation
+    kept = f"{adapter.budget} directions, fixed"
+    if last > 0:
+        kept = f"{layout.initial_rows} directions at first, {adapter.budget} from step {last} on"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    tensors = dict(adapter.named_parameters()) | dict(adapter.named_buffers())
+    # Spectral steps keep momenta of the factors themselves; Adam has two of everything else.
+    own = {id(p) for p in adapter.parameters()} if adapter.config.spectral else set()
+    momenta = [tensor for name, tensor in tensors.items() if name.startswith("momentum_")]
+    state = _megabytes(momenta) + 2 * _megabytes(p for p in trained if id(p) not in own)
+    held = _megabytes(tensors.values()) - _megabytes(momenta)
+    return (
+        f"adapted layers   {len(layout.layers)}\n"
+        f"trained          {count:,} of {total:,} parameters ({100 * count / total:.2f} %)\n"
+        f"rank budget      {kept}\n"
+        f"learning rate    {starting_rate(model):g} to start with\n"
+        f"memory           {held:.3g} MB of adapter, {state:.3g} MB of optimizer state (Adam)"
+    )
+
+
+def starting_rate(model: nn.Module) -> float:
+    """The learning rate to try first for a patched model (docs/convergence.md)."""
+    config = find_adapter(model).config
+    if not config.spectral:
+        return 1e-2 if config.hypernet == "direct" else 1e-4
+    modules: Iterable[Any] = model.modules()
+    writes = next((m.can_generate() for m in modules if hasattr(m, "can_generate")), False)
+    return 3e-4 if writes else 1e-3
+
+
+def _megabytes(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 
 def penalty(model: nn.Module) -> torch.Tensor:

@@ -143,6 +143,7 @@ def in_block(model):
 PATCHED = {
     "factors": hk.factors,
     "rank_pattern": hk.rank_pattern,
+    "summary": hk.summary,
     "penalty": hk.penalty,
     "step": hk.step,
     "disabled": in_block,

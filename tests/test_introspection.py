@@ -4,6 +4,7 @@ import models
 import pytest
 import torch
 from lifecycle import HYPERNETS, patched, predict, prune, prune_layer, unchanged
+from torch import nn
 from torch.nn import functional as F
 from training import adam, assert_equal, batches, state, train, trainable
 
@@ -108,6 +109,38 @@ def test_rank_pattern_counts_the_directions_kept():
     assert all(type(rank) is int for rank in rank_pattern(model).values())
     hal_kernels.compact(model)
     assert rank_pattern(model) == expected
+
+
+# -- summary ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "rate", "moments"),
+    [({}, "0.001", 1), ({"hypernet": "direct"}, "0.01", 2), ({"hypernet": "mlp"}, "0.0001", 2)],
+)
+def test_summary_says_what_a_run_will_take(options, rate, moments):
+    model = hal_kernels.patch_model(models.net(), rank=2, init_rank=3, total_step=6, **options)
+    said = dict(line.split(maxsplit=1) for line in hal_kernels.summary(model).splitlines())
+    count, total = (sum(p.numel() for p in ps) for ps in (trainable(model), model.parameters()))
+    assert said["adapted"] == "layers   4"
+    share = f"{100 * count / total:.2f}"
+    assert said["trained"] == f"{count:,} of {total:,} parameters ({share} %)"
+    assert said["rank"].endswith("12 directions at first, 8 from step 4 on")
+    assert said["learning"].endswith(f"{rate} to start with")
+    optimizer = adam(model, 1e-3)
+    train(model, optimizer, batches(model, 1))
+    kept = [t for s in optimizer.state.values() for t in s.values() if t.dim()]
+    kept += [t for name, t in model.hal.named_buffers() if name.startswith("momentum_")]
+    size = sum(t.numel() * t.element_size() for t in kept)
+    head = sum(p.numel() for p in model.classifier.parameters())
+    assert size == 4 * (moments * count + (2 - moments) * head)
+    assert said["memory"].endswith(f"{size / 1e6:.3g} MB of optimizer state (Adam)")
+
+
+def test_summary_of_a_language_model_whose_ranks_stay():
+    model = hal_kernels.patch_model(models.llama(), rank=2, init_rank=2)
+    said = hal_kernels.summary(nn.Sequential(model))
+    assert "28 directions, fixed" in said and "0.0003 to start with" in said
 
 
 # -- penalty ---------------------------------------------------------------------------------------

@@ -125,6 +125,10 @@ def _trainer(
     model = models.adapt(
         model, method, classifies=names is not None, total_steps=steps, seed=run.seed
     )
+    if run.learning_rate is None:
+        run.learning_rate = models.learning_rate(model, method.method)
+    if method.method in ON_KERNELS and run.do_train and run.process_index == 0:
+        print(hal_kernels.summary(model))
     set_seed(run.seed)
     try:
         trainer = AdapterTrainer(

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import hal_kernels
-from hal_kernels.integration import saved_module_names, target_layers
+from hal_kernels.integration import saved_module_names, starting_rate, target_layers
 
 from .options import ON_KERNELS, DataOptions, MethodOptions, OptionsError
 from .prompts import Prompted, encode
@@ -190,6 +190,13 @@ def adapt(
         return _with_peft(model, options, classifies, total_steps, seed)
     except (TypeError, ValueError) as error:
         raise OptionsError(f"--method {options.method}: {error}") from error
+
+
+def learning_rate(model: Any, method: str) -> float:
+    """The peak to take for an adapted model where none is given."""
+    if method in ON_KERNELS:
+        return starting_rate(model)
+    return {"adalora-peft": 1e-2, "lora": 3e-4, "full": 2e-5}[method]
 
 
 def hal_config(options: MethodOptions, total_steps: int, seed: int) -> hal_kernels.HALConfig:

@@ -113,12 +113,6 @@ class RunOptions(TrainingArguments):
     resume: bool = _option(False, "go on from the last checkpoint in output_dir")
 
 
-LEARNING_RATES = {
-    "hyperadalora": 5e-4, "hypernet": 1e-4, "adalora": 1e-2, "adalora-peft": 1e-2, "lora": 3e-4,
-    "full": 2e-5,
-}  # fmt: skip
-"""By method; "hypernet" is hyperadalora with --hypernet."""
-
 _USAGE = "hal-finetune --model MODEL (--dataset NAME | --train-file FILE) [--method …] [options]"
 Options = tuple[DataOptions, MethodOptions, RunOptions]
 _GROUPS: Any = (DataOptions, MethodOptions, RunOptions)
@@ -138,9 +132,6 @@ def parse(argv: list[str]) -> Options:
     from_file = [] if before.config is None else arguments_of(Path(before.config))
     namespace = parser.parse_args([*from_file, *argv])
     values = vars(namespace)
-    if values["learning_rate"] is None:
-        generated = values["method"] == "hyperadalora" and values["hypernet"] is not None
-        values["learning_rate"] = LEARNING_RATES["hypernet" if generated else values["method"]]
 
     def made(kind: Any) -> Any:
         return kind(**{f.name: values[f.name] for f in fields(kind) if f.init})

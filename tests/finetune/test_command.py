@@ -73,6 +73,27 @@ def test_every_method_trains_and_leaves_its_files(
         assert not list((out / "checkpoint-8").glob("model*")), "the whole model was saved"
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "rate"),
+    [
+        ("gpt2", [], 1e-3), ("gpt2", ["--method", "adalora"], 1e-2),
+        ("gpt2", ["--hypernet", "mlp"], 1e-4), ("gpt2", ["--method", "full"], 2e-5),
+        ("gpt2", ["--method", "lora", "--learning-rate", 0.5], 0.5), ("llama", [], 3e-4),
+    ],
+)  # fmt: skip
+def test_the_rate_suits_the_method(family, options, rate, finetune, tmp_path, capsys):
+    """And what the model and its kind of data want; the run says what it trains before it does."""
+    save_model(family, tmp_path / "model")
+    data = write_jsonl(tmp_path / "rows.jsonl", (ASKED if family == "llama" else LABELLED) * 8)
+    assert finetune("--model", "model", "--train-file", data, *BRIEF, *options) == 0
+    results = json.loads((tmp_path / "finetune_out" / "results.json").read_text())
+    assert results["settings"]["learning_rate"] == rate
+    said = capsys.readouterr().out
+    adapts = results["settings"]["method"] in ("hyperadalora", "adalora")
+    assert (f"{results['trainable_parameters']:,} of" in said) == adapts
+    assert (f"{rate:g} to start with" in said) == adapts
+
+
 def test_the_adapter_and_its_lora_load_elsewhere(finetune, bert_folder, reviews, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification as Auto

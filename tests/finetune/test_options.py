@@ -14,18 +14,9 @@ def test_defaults():
     _, method, run = parse(NEEDED)
     assert (method.method, method.rank, method.gamma) == (METHODS[0], 3, 0.1)
     assert model.hal_config(method, 10_000, seed=0).interval is None  # 100 in a long run
-    assert (run.learning_rate, run.per_device_train_batch_size) == (5e-4, 64)
+    assert (run.learning_rate, run.per_device_train_batch_size) == (None, 64)
     assert (run.lr_scheduler_type, run.warmup_steps, run.weight_decay) == ("cosine", 0.1, 0.0)
     assert run.optim.startswith("adamw_torch")
-
-
-@pytest.mark.parametrize(
-    ("options", "rate"),
-    [(["--method", "adalora"], 1e-2), (["--hypernet", "mlp"], 1e-4), (["--method", "full"], 2e-5)],
-)
-def test_the_rate_suits_the_method(options, rate):
-    assert parse([*NEEDED, *options])[2].learning_rate == rate
-    assert parse([*NEEDED, *options, "--learning-rate", "0.5"])[2].learning_rate == 0.5
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
