@@ -101,6 +101,34 @@ def load(options: DataOptions, seed: int) -> Task:
         raise OptionsError(str(error)) from error
 
 
+def templated(task: Task, tokenizer: Any, template: str) -> Task:
+    """The task's chats as a template has them; "auto": the tokenizer's where it has one.
+
+    A tokenizer whose own template is not taken is left without it, so that what is saved of it
+    doesn't say how the model was not trained.
+
+    Raises:
+        OptionsError: the tokenizer has no chat template, or it can't have a row.
+    """
+    if task.form == CLASSIFICATION:
+        return task
+    has = bool(tokenizer.chat_template)
+    if template == "auto":
+        template = "chat" if has else "alpaca"
+    if template == "chat" and not has:
+        raise OptionsError("--template is chat, and the tokenizer of --model has no chat template")
+    if template != "chat":
+        tokenizer.chat_template = None
+    try:
+        train, held_out = (
+            [prompts.templated(tokenizer, example, template) for example in side]
+            for side in (task.train, task.held_out)
+        )
+    except ValueError as error:
+        raise OptionsError(str(error)) from error
+    return dataclasses.replace(task, train=train, held_out=held_out)
+
+
 def _sides(options: DataOptions, seed: int) -> tuple[_Side, _Side]:
     train: _Side | None
     held_out: _Side | None
@@ -219,15 +247,21 @@ def _encode_labelled(
 def _encode_prompted(
     tokenizer: Any, examples: Sequence[Prompted], max_length: int
 ) -> list[dict[str, Any]]:
-    heads = prompts.encode(tokenizer, examples)
-    answers = tokenizer([e.answer for e in examples], add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if examples[0].templated:
+        pairs = [prompts.chat_tokens(tokenizer, example) for example in examples]
+    else:
+        heads = prompts.encode(tokenizer, examples)
+        answers = tokenizer([e.answer for e in examples], add_special_tokens=False)["input_ids"]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        pairs = [
+            ([*head, *answer, *end], [0] * len(head) + [1] * len([*answer, *end]))
+            for head, answer in zip(heads, answers, strict=True)
+        ]
     rows = []
-    for head, answer in zip(heads, answers, strict=True):
-        tail = [*answer, *end]
-        if len(head) < max_length and tail:
-            ids = [*head, *tail][:max_length]
-            labels = [*[IGNORED] * len(head), *tail][:max_length]
+    for ids, mask in pairs:
+        ids, mask = ids[:max_length], mask[:max_length]
+        if any(mask):
+            labels = [i if trained else IGNORED for i, trained in zip(ids, mask, strict=True)]
             rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     if not rows:
         raise ValueError(f"--max_length is {max_length}: every prompt is as long, or longer")

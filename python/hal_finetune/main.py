@@ -27,7 +27,7 @@ from hal_peft.trainer import AdapterTrainer
 
 from . import evaluators, report
 from . import model as models
-from .data import Task, encode, load
+from .data import Task, encode, load, templated
 from .options import ON_KERNELS, DataOptions, MethodOptions, OptionsError, RunOptions, parse
 from .prompts import HUMANEVAL
 
@@ -49,7 +49,9 @@ def _run(data: DataOptions, method: MethodOptions, run: RunOptions) -> int:
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "tensorboard"))
     with run.main_process_first(local=False, desc="loading the data"):
         task = load(data, run.seed)
-    trainer = _trainer(task, models.load_tokenizer(data.model), data, method, run)
+    tokenizer = models.load_tokenizer(data.model)
+    task = templated(task, tokenizer, data.template)
+    trainer = _trainer(task, tokenizer, data, method, run)
     model = trainer.model
     if run.do_train:
         _train(trainer, checkpoint if run.resume else run.resume_from_checkpoint)

@@ -45,6 +45,9 @@ class DataOptions:
     max_train_samples: int | None = _option(None, "use that many rows")
     max_eval_samples: int | None = _option(None, "use that many rows")
     max_length: int = _option(512, "tokens a row is cut to")
+    template: Literal["auto", "chat", "alpaca", "plain"] = _option(
+        "auto", "of instructions and chats: the tokenizer's chat template where it has one"
+    )
     max_new_tokens: int = _option(256, "of an answer in evaluation")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", 'of the base weights; "auto": as they were saved'

@@ -6,8 +6,15 @@ WORDS = [
     "the", "a", "film", "plot", "was", "is", "good", "bad", "great", "awful", "fine", "dull",
     "it", "this", "and", "so", "very", "question", "answer", "number", "add", "two", "three",
     "four", "five", "sum", "of", "below", "instruction", "response", "what", "how", "write",
-    "describe",
+    "describe", "user", "assistant", "system",
 ]  # fmt: skip
+
+
+CHAT = (
+    "{% for turn in messages %}<s> {{ turn.role }} : {{ turn.content }} </s>{% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant : {% endif %}"
+)
+"""A chat template for this tokenizer, whose words of no meaning are read letter by letter."""
 
 
 def build_tokenizer(**special):
@@ -57,13 +64,14 @@ FAMILIES = {
 """By family: the class that is saved, and the sizes of its configuration."""
 
 
-def save_model(family, folder, **options):
+def save_model(family, folder, chat_template=None, **options):
     """A random model of a family and its tokenizer, in a folder; `options` of its configuration."""
     import torch
     import transformers
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = build_tokenizer(cls_token="[CLS]", sep_token="[SEP]")
+    tokenizer = build_tokenizer(cls_token="[CLS]", sep_token="[SEP]", bos_token="<s>")
+    tokenizer.chat_template = chat_template
     if family in ("bart", "t5"):
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 3)]
