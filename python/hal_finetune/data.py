@@ -42,6 +42,11 @@ KNOWN = {
 """The paper's data sets, and the rest of GLUE's classification tasks, by short name."""
 
 
+def hub_path(name: str) -> str:
+    """The repository on the hub of a data set that ``--dataset`` names."""
+    return KNOWN[name].path if name in KNOWN else name.partition(":")[0]
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained on and evaluated on.
@@ -142,10 +147,10 @@ def _sides(options: DataOptions, seed: int) -> tuple[_Side, _Side]:
     elif options.eval_dataset is not None:
         held_out = _from_hub(options.eval_dataset)[1]
         if held_out is None:
-            raise ValueError(f"--eval_dataset {options.eval_dataset} has no held-out side")
+            raise ValueError(f"--eval-dataset {options.eval_dataset} has no held-out side")
     if train is None:
         raise ValueError(
-            f"--dataset {options.dataset} has no training side: give it as --eval_dataset"
+            f"--dataset {options.dataset} has no training side: give it as --eval-dataset"
         )
     return (train, held_out) if held_out is not None else _split(train, options.held_out, seed)
 
@@ -184,7 +189,7 @@ def _from_hub(name: str) -> tuple[_Side | None, _Side | None]:
         known = ", ".join(sorted(KNOWN))
         raise ValueError(
             f"data set {name!r} can't be loaded ({type(error).__name__}: {error}). Known by name: "
-            f"{known}; or give --train_file"
+            f"{known}; or give --train-file"
         ) from error
 
     def side(data: Any) -> _Side | None:
@@ -200,7 +205,7 @@ def _split(side: _Side, count: int, seed: int) -> tuple[_Side, _Side]:
     """Hold out `count` rows, chosen by the seed, in their order."""
     if len(side.rows) <= count:
         raise ValueError(
-            f"{side.name} has {len(side.rows)} rows: --held_out {count} leaves none to train on"
+            f"{side.name} has {len(side.rows)} rows: --held-out {count} leaves none to train on"
         )
     chosen = set(random.Random(seed).sample(range(len(side.rows)), count))
     train, held_out = (
@@ -264,5 +269,5 @@ def _encode_prompted(
             labels = [i if trained else IGNORED for i, trained in zip(ids, mask, strict=True)]
             rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     if not rows:
-        raise ValueError(f"--max_length is {max_length}: every prompt is as long, or longer")
+        raise ValueError(f"--max-length is {max_length}: every prompt is as long, or longer")
     return rows

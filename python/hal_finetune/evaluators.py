@@ -8,6 +8,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import torch
+from transformers.utils.logging import tqdm
 
 from .code_execution import passes
 from .prompts import GSM8K, HUMANEVAL, Prompted, encode
@@ -97,6 +98,7 @@ def write_answers(
     batch_size: int,
     max_length: int,
     max_new_tokens: int,
+    progress: bool = False,
 ) -> list[str]:
     """The model's greedy answers. Prompts over `max_length` tokens lose their beginning.
 
@@ -110,7 +112,8 @@ def write_answers(
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     answers = [""] * len(examples)
     try:
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc="writing answers", disable=not progress):
             chosen = order[start : start + batch_size]
             ids = encode(
                 tokenizer, [examples[i] for i in chosen], truncation=True, max_length=max_length

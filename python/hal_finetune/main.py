@@ -86,9 +86,9 @@ def _checkpoint(out: Path, run: RunOptions) -> str | None:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint: str | None = get_last_checkpoint(str(out))
     except (OSError, ValueError) as error:
-        raise OptionsError(f"--output_dir {out}: {error}") from error
+        raise OptionsError(f"--output-dir {out}: {error}") from error
     if checkpoint and run.do_train and not run.resume and not run.resume_from_checkpoint:
-        raise OptionsError(f"--output_dir {out} holds a run: --resume goes on with it")
+        raise OptionsError(f"--output-dir {out} holds a run: --resume goes on with it")
     if run.resume and checkpoint is None:
         raise OptionsError(f"--resume: {out} holds no checkpoint")
     return checkpoint
@@ -110,10 +110,10 @@ def _trainer(
     known = ["loss", "accuracy"] if names else ["loss"]
     best = run.metric_for_best_model
     if best is not None and best.removeprefix("eval_") not in known:
-        raise OptionsError(f"--metric_for_best_model is {best!r}, expected one of {known}")
+        raise OptionsError(f"--metric-for-best-model is {best!r}, expected one of {known}")
     steps = _total_steps(len(train), run)
     if run.do_train and run.get_warmup_steps(steps) >= steps:
-        _say(run, f"warm-up takes {run.warmup_steps:g} of {steps} steps: see --warmup_steps")
+        _say(run, f"warm-up takes {run.warmup_steps:g} of {steps} steps: see --warmup-steps")
 
     # Weights that are all trained need the precision.
     full = method.method == "full" and data.dtype == "auto"
@@ -203,7 +203,7 @@ def _evaluate(trainer: Any, task: Task, data: DataOptions) -> dict[str, float]:
         trainer.log(dict(judged))
         metrics |= judged
     if task.form == HUMANEVAL and not data.allow_code_execution:
-        words = "pass@1 is left out: it runs what the model writes (--allow_code_execution)"
+        words = "pass@1 is left out: it runs what the model writes (--allow-code-execution)"
         _say(trainer.args, words)
     return metrics
 
@@ -219,6 +219,7 @@ def _judged(trainer: Any, task: Task, data: DataOptions) -> dict[str, float]:
         batch_size=trainer.args.eval_batch_size,
         max_length=data.max_length,
         max_new_tokens=data.max_new_tokens,
+        progress=state.process_index == 0 and not trainer.args.disable_tqdm,
     )
     answers = dict(gather_object(list(zip(mine, written, strict=True))))
     if not trainer.is_world_process_zero():

@@ -113,7 +113,7 @@ def expect_fit(
     known = set(tokenizer.all_special_ids)
     if longest > options.max_length or all(known.issuperset(row["input_ids"]) for row in rows):
         raise OptionsError(
-            f"--max_length is {options.max_length}, and the tokenizer of --model {options.model} "
+            f"--max-length is {options.max_length}, and the tokenizer of --model {options.model} "
             "makes nothing but special tokens of the texts: expected a larger length, or a "
             "tokenizer that knows their words (are its files missing beside the model's?)"
         )
@@ -137,7 +137,7 @@ def expect_fit(
     positions = _positions(model)
     if positions is not None and longest > positions:
         raise OptionsError(
-            f"--max_length is {options.max_length} and the longest row takes {longest} tokens, "
+            f"--max-length is {options.max_length} and the longest row takes {longest} tokens, "
             f"expected at most {positions}, the positions of --model {options.model}"
         )
 
@@ -150,9 +150,9 @@ def expect_room(
     prompt = min(max(map(len, encode(tokenizer, examples))), options.max_length)
     if positions is not None and prompt + options.max_new_tokens > positions:
         raise OptionsError(
-            f"--max_new_tokens is {options.max_new_tokens} and the longest prompt takes {prompt} "
+            f"--max-new-tokens is {options.max_new_tokens} and the longest prompt takes {prompt} "
             f"tokens, expected at most {positions} together, the positions of --model "
-            f"{options.model} (see --max_length, too; --generate false writes no answers)"
+            f"{options.model} (see --max-length, too; --generate false writes no answers)"
         )
 
 
@@ -286,7 +286,8 @@ class Begins(TrainerCallback):
         for name in ("rank", "init_rank", "alpha", "dropout", "gamma", "interval"):
             was, now = getattr(found, name, None), getattr(self.asked, name, None)
             if was != now:
-                raise OptionsError(f"--{name} is {now}, and {was} in the run that is to go on")
+                flag = f"--{name.replace('_', '-')}"
+                raise OptionsError(f"{flag} is {now}, and {was} in the run that is to go on")
         self.begun = True
 
 

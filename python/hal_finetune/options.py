@@ -3,7 +3,9 @@
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,8 @@ def _option(default: Any, words: str) -> Any:
 class DataOptions:
     """Which model, and which data."""
 
+    _argument_group_name = "model and data"
+
     model: str | None = _option(None, "name on the hub, or path")
     dataset: str | None = _option(
         None, "glue/rte, tatsu-lab/alpaca, gsm8k, … or owner/name[:config]"
@@ -52,7 +56,7 @@ class DataOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", 'of the base weights; "auto": as they were saved'
     )
-    generate: bool = _option(True, "evaluate written answers, not the loss alone")
+    generate: bool = _option(True, "evaluate by the loss alone, without written answers")
     allow_code_execution: bool = _option(
         False, "run the programs a model writes, to test them (HumanEval's pass@1)"
     )
@@ -61,6 +65,8 @@ class DataOptions:
 @dataclass
 class MethodOptions:
     """How the model is adapted."""
+
+    _argument_group_name = "adapter"
 
     method: Literal[METHODS] = _option(  # type: ignore[valid-type]
         "hyperadalora", '"adalora" is on the kernels of hal_kernels, "adalora-peft" PEFT\'s'
@@ -85,7 +91,7 @@ class MethodOptions:
         None, "names or endings; default: every linear layer but the head"
     )
     head_learning_rate: float | None = _option(
-        None, "of a new classifier; default: --learning_rate"
+        None, "of a new classifier; default: --learning-rate"
     )
 
 
@@ -94,27 +100,40 @@ class RunOptions(TrainingArguments):
     """Every option of transformers' TrainingArguments.
 
     Defaults: AdamW without weight decay, batches of 64, linear warm-up over a tenth of the steps,
-    then cosine; the learning rate that suits the method.
+    then cosine; the learning rate that suits the method. What stands here is in ``--help``.
     """
 
+    _argument_group_name = "training"
+
     output_dir: str | None = _option("finetune_out", "folder of the run")
-    learning_rate: float | None = _option(None, "peak; default: what suits the method")  # type: ignore[assignment]
+    resume: bool = _option(False, "go on from the last checkpoint in the folder of the run")
+    recipe: Literal["paper"] | None = _option(
+        None, "paper: bert hypernetworks, learning rate 1e-5, 500 steps of warm-up"
+    )
+    learning_rate: float | None = _option(None, "peak; default: what suits method and data")  # type: ignore[assignment]
+    num_train_epochs: float = _option(3.0, "passes over the rows")
+    max_steps: int = _option(-1, "optimizer steps, if above 0: instead of epochs")
     per_device_train_batch_size: int = _option(64, "rows of a batch")
+    gradient_accumulation_steps: int = _option(1, "batches of an optimizer step")
     per_device_eval_batch_size: int = _option(32, "rows of a batch")
-    lr_scheduler_type: str = _option("cosine", "after the warm-up")
     warmup_steps: float = _option(0.1, "steps, or a share below 1")
+    lr_scheduler_type: str = _option("cosine", "after the warm-up")
+    bf16: bool = _option(False, "compute in bfloat16")
+    seed: int = _option(42, "of weights, order and dropout")
     logging_steps: float = _option(10, "steps between two log lines")
-    eval_strategy: str = _option("epoch", "when to evaluate the loss")
-    save_strategy: str = _option("epoch", "when to write a checkpoint")
+    eval_strategy: str = _option("epoch", "when to evaluate: no, steps, epoch")
+    save_strategy: str = _option("epoch", "when to write a checkpoint: no, steps, epoch, best")
     save_total_limit: int | None = _option(2, "checkpoints kept")
     report_to: list[str] | None = _option(  # noqa: RUF009
-        lambda: ["tensorboard"], "tensorboard, wandb, none, …"
+        lambda: ["tensorboard"], "tensorboard, wandb, trackio, none, …"
     )
-    dataloader_pin_memory: bool = _option(torch.cuda.is_available, "default: where there is a GPU")
-    do_train: bool = _option(True, "train")
-    do_eval: bool = _option(True, "evaluate")
-    resume: bool = _option(False, "go on from the last checkpoint in output_dir")
+    do_train: bool = _option(True, "evaluate, and leave the model as it is")
+    do_eval: bool = _option(True, "train, and don't evaluate in the end")
+    dataloader_pin_memory: bool = _option(torch.cuda.is_available, "default: with a GPU")
 
+
+PAPER = ["--hypernet=bert", "--learning-rate=1e-5", "--warmup-steps=500"]
+"""The paper's recipe [4.1.4, App. E], where it differs from the defaults."""
 
 _USAGE = "hal-finetune --model MODEL (--dataset NAME | --train-file FILE) [--method …] [options]"
 Options = tuple[DataOptions, MethodOptions, RunOptions]
@@ -127,13 +146,17 @@ def parse(argv: list[str]) -> Options:
     Raises:
         OptionsError: what can't be read or can't be. SystemExit: argparse's own errors, ``--help``.
     """
-    parser = HfArgumentParser(_GROUPS, prog="hal-finetune", usage=_USAGE, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML or JSON file with options by name")
+    parser = _parser(shows_all="--help-all" in argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
+    first.add_argument("--recipe")
     before, _ = first.parse_known_args(argv)
-    from_file = [] if before.config is None else arguments_of(Path(before.config))
-    namespace = parser.parse_args([*from_file, *argv])
+    beneath = [] if before.config is None else arguments_of(Path(before.config))
+    before, _ = first.parse_known_args([*beneath, *argv])
+    beneath = [*PAPER, *beneath] if before.recipe == "paper" else beneath
+    namespace, unknown = parser.parse_known_args([*beneath, *argv])
+    if unknown:
+        parser.error(f"unknown options: {_unknown([a for a in unknown if a[0] == '-'] or unknown)}")
     values = vars(namespace)
 
     def made(kind: Any) -> Any:
@@ -145,6 +168,52 @@ def parse(argv: list[str]) -> Options:
         raise OptionsError(str(error)) from error
     _check(data, method, run)
     return data, method, run
+
+
+def _parser(*, shows_all: bool) -> HfArgumentParser:
+    parser = HfArgumentParser(
+        _GROUPS, prog="hal-finetune", usage=_USAGE, allow_abbrev=False, formatter_class=_Help
+    )
+    parser.add_argument("--help-all", action="help", help="with every option of transformers")
+    parser.add_argument("--config", help="YAML or JSON file with options by name")
+    shown = {name for kind in _GROUPS for name in kind.__annotations__}
+    shown |= {"help", "help_all", "config", "activation_checkpointing"}
+    for action in parser._actions:
+        # Of what is on by default only the switch that turns it off is of use.
+        if action.default is True or not (shows_all or action.dest in shown):
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+class _Help(argparse.HelpFormatter):
+    """One spelling of each option, with its default where that says something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = action.option_strings[-1]  # with hyphens
+        if action.nargs in (0, "?"):
+            return name
+        metavar = {int: "N", float: "X"}.get(action.type, action.dest.split("_")[-1].upper())  # type: ignore[call-overload]
+        return f"{name} {self._format_args(action, metavar)}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        words, default = action.help or "", action.default
+        if default in (None, False, argparse.SUPPRESS) or "default" in words:
+            return words
+        return f"{words} (default: {' '.join(default) if isinstance(default, list) else default})"
+
+
+def _unknown(names: Iterable[str]) -> str:
+    """Names of options that there are not, with what may have been meant."""
+    known = [f.name.replace("_", "-") for kind in _GROUPS for f in fields(kind) if f.init]
+    words = []
+    for name in names:
+        bare = name.partition("=")[0].lstrip("-").replace("_", "-")
+        near = get_close_matches(bare, known, 1)
+        words.append(name + (f" (did you mean --{near[0]}?)" if near else ""))
+    return ", ".join(words)
 
 
 def arguments_of(path: Path) -> list[str]:
@@ -162,7 +231,7 @@ def arguments_of(path: Path) -> list[str]:
     known = {f.name for kind in _GROUPS for f in fields(kind) if f.init}
     unknown = sorted(str(key) for key in loaded if str(key).replace("-", "_") not in known)
     if unknown:
-        raise OptionsError(f"--config {path}: unknown options {unknown}")
+        raise OptionsError(f"--config {path}: unknown options: {_unknown(unknown)}")
     arguments: list[str] = []
     for key, value in loaded.items():
         if value is None:
@@ -181,34 +250,36 @@ def _check(data: DataOptions, method: MethodOptions, run: RunOptions) -> None:
     if data.model is None:
         raise OptionsError("--model is missing: a name on the hub, or a path")
     if (data.dataset is None) == (data.train_file is None):
-        raise OptionsError("give one of --dataset and --train_file")
+        raise OptionsError("give one of --dataset and --train-file")
     if data.eval_dataset is not None and data.eval_file is not None:
-        raise OptionsError("give one of --eval_dataset and --eval_file")
+        raise OptionsError("give one of --eval-dataset and --eval-file")
     counts = vars(data) | vars(run)
     for name in (
-        "held_out", "max_train_samples", "max_eval_samples", "max_length", "max_new_tokens",
-        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+        "held-out", "max-train-samples", "max-eval-samples", "max-length", "max-new-tokens",
+        "per-device-train-batch-size", "per-device-eval-batch-size", "gradient-accumulation-steps",
     ):  # fmt: skip
-        if counts[name] is not None and counts[name] < 1:
-            raise OptionsError(f"--{name} is {counts[name]}, expected at least 1")
-        if counts[name] is not None and counts[name] >= 2**31:
-            raise OptionsError(f"--{name} is {counts[name]}, expected less than 2**31")
+        count = counts[name.replace("-", "_")]
+        if count is not None and count < 1:
+            raise OptionsError(f"--{name} is {count}, expected at least 1")
+        if count is not None and count >= 2**31:
+            raise OptionsError(f"--{name} is {count}, expected less than 2**31")
     if not 0 <= run.seed < 2**32:
         raise OptionsError(f"--seed is {run.seed}, expected 0 to 2**32 - 1")
-    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        chosen = getattr(run, name, None)
-        unknown = sorted(set(chosen) - CHECKPOINTING) if isinstance(chosen, dict) else []
+    chosen = getattr(run, "activation_checkpointing_kwargs", None)
+    if isinstance(chosen, dict):
+        name = "--activation-checkpointing-kwargs"
+        unknown = sorted(set(chosen) - CHECKPOINTING)
         if unknown:
-            raise OptionsError(f"--{name} has {unknown}, expected some of {sorted(CHECKPOINTING)}")
-        if method.method in ON_KERNELS and isinstance(chosen, dict) and chosen.get("use_reentrant"):
+            raise OptionsError(f"{name} has {unknown}, expected some of {sorted(CHECKPOINTING)}")
+        if method.method in ON_KERNELS and chosen.get("use_reentrant"):
             raise OptionsError(
-                f"--{name} chooses reentrant checkpointing, under which the adapter of --method "
+                f"{name} chooses reentrant checkpointing, under which the adapter of --method "
                 f'{method.method} can\'t train: expected {{"use_reentrant": false}}'
             )
     rates = {
-        "learning_rate": run.learning_rate, "head_learning_rate": method.head_learning_rate,
-        "num_train_epochs": run.num_train_epochs if run.max_steps <= 0 else None,
-        "neftune_noise_alpha": run.neftune_noise_alpha,
+        "learning-rate": run.learning_rate, "head-learning-rate": method.head_learning_rate,
+        "num-train-epochs": run.num_train_epochs if run.max_steps <= 0 else None,
+        "neftune-noise-alpha": run.neftune_noise_alpha,
     }  # fmt: skip
     for name, value in rates.items():
         if value is not None and not 0 < value < math.inf:

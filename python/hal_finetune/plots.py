@@ -19,7 +19,12 @@ _STYLES = (("#0b5394", "-"), ("#c55a11", "--"), ("#38761d", "-."), ("#444444", "
 
 
 def plot_losses(
-    losses: Mapping[str, Sequence[float]], path: Path, *, every: int, mean_of: int
+    losses: Mapping[str, Sequence[float]],
+    path: Path,
+    *,
+    every: int,
+    mean_of: int,
+    evaluated: Sequence[tuple[int, float]] = (),
 ) -> None:
     """Write the training loss of each run, one line a run, to a PNG.
 
@@ -28,11 +33,14 @@ def plot_losses(
         path: of the PNG.
         every: optimizer steps between two values.
         mean_of: optimizer steps that a value is the mean of.
+        evaluated: (optimizer step, loss) of the evaluations of a single run.
     """
     figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
     for (label, values), (color, style) in zip(losses.items(), _STYLES, strict=False):
         steps = every * np.arange(1, len(values) + 1)
         axes.plot(steps, values, style, color=color, label=label)
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o:", color=_STYLES[-1][0], label="evaluation")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(f"training loss (nats, mean of {mean_of} steps)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from .data import hub_path
 from .options import ON_KERNELS
 from .plots import plot_losses, plot_ranks
 
@@ -43,7 +44,12 @@ def write(
         # The last entry may end a shorter interval than the others.
         losses = [entry.get("task_loss", entry["loss"]) for entry in logged]
         every = logged[0]["step"]
-        plot_losses({label: losses}, out / "loss.png", every=every, mean_of=every)
+        evaluated = [
+            (entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry
+        ]
+        plot_losses(
+            {label: losses}, out / "loss.png", every=every, mean_of=every, evaluated=evaluated
+        )
     if ranks_before:
         plot_ranks(label, ranks_before, results["ranks"], out / "ranks.png")
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -58,9 +64,15 @@ def _card(
     label_names: list[str] | None,
 ) -> list[str]:
     method, model = results["method"], results["model"]
+    settings = results["settings"]
+    named = filter(None, (settings.get("dataset"), settings.get("eval_dataset")))
+    library = {"full": "transformers"} | dict.fromkeys(ON_KERNELS, "hal_kernels")
     header = ModelCardData(
         base_model=None if Path(model).exists() else model,
-        library_name="hal_kernels" if method in ON_KERNELS else "transformers",
+        base_model_relation="finetune" if method == "full" else "adapter",
+        datasets=list(dict.fromkeys(map(hub_path, named))) or None,
+        library_name=library.get(method, "peft"),
+        pipeline_tag="text-generation" if label_names is None else "text-classification",
         tags=[method, "generated_from_trainer"],
     )
     trained, total = results["trainable_parameters"], results["parameters"]
@@ -72,7 +84,7 @@ def _card(
         "## Results", "", "| metric | value |", "| --- | --- |",
         *(f"| {name} | {value:.4g} |" for name, value in sorted(results["metrics"].items())), "",
     ]  # fmt: skip
-    for name, words in (("loss.png", "Training loss"), ("ranks.png", "Ranks by layer")):
+    for name, words in (("loss.png", "Loss"), ("ranks.png", "Ranks by layer")):
         if (out / name).exists():
             lines += [f"![{words}]({name})", ""]
     if ranks_before:
@@ -80,7 +92,7 @@ def _card(
         lines += [f"Rank budget: {first} directions at first, {kept} kept.", ""]
     lines += ["## Use", "", "```python", *_usage(method, model, label_names), "```", ""]
     lines += ["## Settings", "", "| option | value |", "| --- | --- |"]
-    return lines + [f"| {name} | {value} |" for name, value in results["settings"].items()]
+    return lines + [f"| {name} | {value} |" for name, value in settings.items()]
 
 
 def _usage(method: str, model: str, labels: list[str] | None) -> list[str]:

@@ -6,6 +6,7 @@ import shutil
 import lifecycle
 import pytest
 import torch
+from huggingface_hub import ModelCard, metadata_load
 from safetensors.torch import load_file
 
 import hal_kernels
@@ -57,7 +58,12 @@ def test_every_method_trains_and_leaves_its_files(
     assert 0 <= results["metrics"]["accuracy"] <= 1
     assert results["settings"]["learning_rate"] == 1e-3
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    card = (out / "README.md").read_text()
+    card = ModelCard.load(out / "README.md")  # as huggingface_hub reads it
+    assert card.data.pipeline_tag == "text-classification" and method in card.data.tags
+    libraries = {"full": "transformers", "lora": "peft", "adalora-peft": "peft"}
+    assert card.data.library_name == libraries.get(method, "hal_kernels")
+    assert card.data.base_model is card.data.datasets is None  # of the hub, and these are files
+    card = card.content
     assert "| accuracy |" in card and str(bert_folder) in card
     allocates = method not in ("lora", "full")
     assert (out / "ranks.png").exists() == allocates
@@ -92,6 +98,21 @@ def test_the_rate_suits_the_method(family, options, rate, finetune, tmp_path, ca
     adapts = results["settings"]["method"] in ("hyperadalora", "adalora")
     assert (f"{results['trainable_parameters']:,} of" in said) == adapts
     assert (f"{rate:g} to start with" in said) == adapts
+
+
+def test_the_card_names_what_is_on_the_hub(tmp_path):
+    from hal_finetune import report
+
+    results = {
+        "method": "lora", "model": "me/base", "data": "gsm8k", "steps": 1, "metrics": {},
+        "trainable_parameters": 1, "parameters": 2, "ranks": {},
+        "settings": {"dataset": "gsm8k", "eval_dataset": "me/mine:small"},
+    }  # fmt: skip
+    report.write(tmp_path, results, history=[], ranks_before={}, label_names=None)
+    data = metadata_load(tmp_path / "README.md")
+    assert data["datasets"] == ["openai/gsm8k", "me/mine"]
+    assert (data["base_model"], data["base_model_relation"]) == ("me/base", "adapter")
+    assert (data["pipeline_tag"], data["library_name"]) == ("text-generation", "peft")
 
 
 def test_the_adapter_and_its_lora_load_elsewhere(finetune, bert_folder, reviews, tmp_path):
@@ -290,10 +311,10 @@ def test_humaneval_runs_programs_only_with_leave(
     "arguments, message",
     [
         ([], "--model is missing"),
-        (["--model", "x"], "one of --dataset and --train_file"),
+        (["--model", "x"], "one of --dataset and --train-file"),
         (["--model", "x", "--train-file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model", "x", "--dataset", "no/such"], "data set 'no/such' can't be loaded"),
-        (["--model", "x", "--dataset", "gsm8k", "--held-out", "0"], "--held_out is 0"),
+        (["--model", "x", "--dataset", "gsm8k", "--held-out", "0"], "--held-out is 0"),
         (["--model", "x", "--dataset", "gsm8k", "--fp16", "--bf16"], "fp16"),
     ],
 )
@@ -350,13 +371,14 @@ LONG = {"sentence": "very " * 70, "label": 1}
         ("gpt2", {}, [*LABELLED, {"sentence": "", "label": 0}], [], "the text '' has no token"),
         ("gpt2", {}, [*ASKED, {"prompt": "", "completion": "a"}], [], "the prompt '' of the"),
         ("bart", {}, [*LABELLED, {"sentence": "</s>", "label": 0}], [], "tokenizer gives 1 or 2"),
-        ("llama", {}, ASKED, ["--max-length", 4], "--max_length is 4: every prompt is as long"),
+        ("llama", {}, ASKED, ["--max-length", 4], "--max-length is 4: every prompt is as long"),
         ("roberta", {}, [{"sentence": "ä", "label": i} for i in (0, 1)], [], "but special tokens"),
-        ("gpt2", {}, LABELLED, ["--output-dir", "model/config.json"], "--output_dir model/config"),
+        ("gpt2", {}, LABELLED, ["--output-dir", "model/config.json"], "--output-dir model/config"),
         ("gpt2", {}, LABELLED, ["--output-dir", "model/config.json/x"], "Not a directory"),
         ("gpt2", {}, LABELLED, ["--output-dir", "a\0b"], "embedded null byte"),
         ("gpt2", {}, LABELLED, ["--resume-from-checkpoint", "no"], "can't go on from no: "),
         ("gpt2", {}, LABELLED, ["--report-to", "azure_ml"], "requires azureml to be installed"),
+        ("gpt2", {}, LABELLED, ["--report-to", "trackio"], "requires trackio to be installed"),
         ("gpt2", {}, LABELLED, ["--report-to", "nothing"], "nothing is not supported"),
         ("gpt2", {}, LABELLED, ["--fsdp", "full_shard"], "only works in distributed training"),
         ("gpt2", {}, LABELLED, ["--optim", "adamw_torch_xla"], "failed to import"),

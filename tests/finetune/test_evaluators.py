@@ -235,7 +235,7 @@ def test_pass_at_1(doc, body, expected):
     assert evaluators.humaneval_pass_at_1([body], [prompts.humaneval(row)]) == expected
 
 
-def test_answers_do_not_depend_on_their_batch(llama_folder):
+def test_answers_do_not_depend_on_their_batch(llama_folder, capsys):
     """Padding is on the left, and what the tokenizer and model were set to comes back."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -244,7 +244,10 @@ def test_answers_do_not_depend_on_their_batch(llama_folder):
     examples = [prompts.Prompted("write " * n + "the sum", "") for n in (1, 5, 9, 2)]
     options = {"max_length": 32, "max_new_tokens": 5}
     together = evaluators.write_answers(model, tokenizer, examples, batch_size=3, **options)
+    assert "writing answers" not in capsys.readouterr().err
+    options["progress"] = True
     alone = evaluators.write_answers(model, tokenizer, examples, batch_size=1, **options)
+    assert "writing answers: 100%" in capsys.readouterr().err
     assert together == alone
     assert len(set(alone)) > 1
     assert tokenizer.padding_side == "right" and model.training

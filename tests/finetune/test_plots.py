@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from hal_finetune.plots import place, plot_ranks
+from hal_finetune.plots import place, plot_losses, plot_ranks
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,18 @@ def test_every_layer_has_a_cell(tmp_path, monkeypatch):
     plot_ranks("a run", before, after, tmp_path / "ranks.png")
     assert sorted(said.values()) == sorted(f"5→{rank}" for rank in after.values())
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluations_lie_beside_the_training_loss(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    lines, plot = {}, Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, *a, **o: lines.update({o["label"]: ([*x], [*y])})
+        or plot(self, x, y, *a, **o),
+    )  # fmt: skip
+    options = {"every": 2, "mean_of": 2}
+    path = tmp_path / "loss.png"
+    plot_losses({"run": [3.0, 2.0]}, path, **options, evaluated=[(3, 2.5), (4, 1.5)])
+    assert lines == {"run": ([2, 4], [3.0, 2.0]), "evaluation": ([3, 4], [2.5, 1.5])}
+    assert path.read_bytes().startswith(b"\x89PNG")
