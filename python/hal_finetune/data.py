@@ -17,34 +17,24 @@ from .rows import Example, Records, labelled, read_records
 IGNORED = -100  # the label of tokens that count in no loss
 
 
-@dataclass(frozen=True)
-class HubSet:
-    """Where a data set's two sides are on the hub; None: it has no such side."""
-
-    path: str
-    config: str | None
-    train: str | None
-    held_out: str | None
-
-
 KNOWN = {
     **{
-        f"glue/{task}": HubSet("nyu-mll/glue", task, "train", "validation")
-        for task in ("rte", "wnli", "sst2", "cola", "mrpc", "qnli", "qqp")
+        f"glue/{task}": f"nyu-mll/glue:{task}"
+        for task in ("rte", "wnli", "sst2", "cola", "mrpc", "qnli", "qqp", "mnli")
     },
-    "glue/mnli": HubSet("nyu-mll/glue", "mnli", "train", "validation_matched"),
-    "tatsu-lab/alpaca": HubSet("tatsu-lab/alpaca", None, "train", None),
-    "magpie": HubSet("Magpie-Align/Magpie-Pro-300K-Filtered", None, "train", None),
-    "open-platypus": HubSet("garage-bAInd/Open-Platypus", None, "train", None),
-    "gsm8k": HubSet("openai/gsm8k", "main", "train", "test"),
-    "openai_humaneval": HubSet("openai/openai_humaneval", None, None, "test"),
+    "tatsu-lab/alpaca": "tatsu-lab/alpaca",
+    "magpie": "Magpie-Align/Magpie-Pro-300K-Filtered",
+    "open-platypus": "garage-bAInd/Open-Platypus",
+    "gsm8k": "openai/gsm8k:main",
+    "openai_humaneval": "openai/openai_humaneval",
 }
 """The paper's data sets, and the rest of GLUE's classification tasks, by short name."""
+HELD_OUT = ("validation", "validation_matched", "test")  # the first that there is
 
 
 def hub_path(name: str) -> str:
     """The repository on the hub of a data set that ``--dataset`` names."""
-    return KNOWN[name].path if name in KNOWN else name.partition(":")[0]
+    return KNOWN.get(name, name).partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -172,19 +162,11 @@ def _side(records: Records, name: str, label_names: list[str] | None = None) -> 
 
 
 def _from_hub(name: str) -> tuple[_Side | None, _Side | None]:
-    from datasets import get_dataset_split_names, load_dataset
+    from datasets import load_dataset
 
-    where = KNOWN.get(name)
+    path, _, config = KNOWN.get(name, name).partition(":")
     try:
-        if where is None:
-            path, _, config = name.partition(":")
-            splits = get_dataset_split_names(path, config or None)
-            held_out = next((s for s in ("validation", "test") if s in splits), None)
-            where = HubSet(path, config or None, "train" if "train" in splits else None, held_out)
-        loaded = [
-            None if split is None else load_dataset(where.path, where.config, split=split)
-            for split in (where.train, where.held_out)
-        ]
+        loaded = load_dataset(path, config or None)
     except Exception as error:  # any kind: of the network, of the hub, of a script
         known = ", ".join(sorted(KNOWN))
         raise ValueError(
@@ -192,13 +174,14 @@ def _from_hub(name: str) -> tuple[_Side | None, _Side | None]:
             f"{known}; or give --train-file"
         ) from error
 
-    def side(data: Any) -> _Side | None:
-        if data is None:
+    def side(split: str | None) -> _Side | None:
+        if split not in loaded:
             return None
+        data = loaded[split]
         names = getattr(data.features.get("label"), "names", None)
         return _side(((row, f"{name}, row {i}") for i, row in enumerate(data)), name, names)
 
-    return side(loaded[0]), side(loaded[1])
+    return side("train"), side(next((split for split in HELD_OUT if split in loaded), None))
 
 
 def _split(side: _Side, count: int, seed: int) -> tuple[_Side, _Side]:

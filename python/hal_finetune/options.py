@@ -147,13 +147,10 @@ def parse(argv: list[str]) -> Options:
         OptionsError: what can't be read or can't be. SystemExit: argparse's own errors, ``--help``.
     """
     parser = _parser(shows_all="--help-all" in argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--recipe")
-    before, _ = first.parse_known_args(argv)
-    beneath = [] if before.config is None else arguments_of(Path(before.config))
-    before, _ = first.parse_known_args([*beneath, *argv])
-    beneath = [*PAPER, *beneath] if before.recipe == "paper" else beneath
+    config = parser.parse_known_args(argv)[0].config
+    beneath = [] if config is None else arguments_of(Path(config))
+    if parser.parse_known_args([*beneath, *argv])[0].recipe == "paper":
+        beneath = [*PAPER, *beneath]
     namespace, unknown = parser.parse_known_args([*beneath, *argv])
     if unknown:
         parser.error(f"unknown options: {_unknown([a for a in unknown if a[0] == '-'] or unknown)}")

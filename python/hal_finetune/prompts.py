@@ -90,7 +90,7 @@ def conversation(row: Mapping[str, Any]) -> Prompted:
     if "assistant" not in roles:
         raise ValueError(f'"{column}" has no turn of the assistant to learn from: leave it out')
     if "user" not in roles[: roles.index("assistant")]:
-        raise ValueError(f'"{column}" begins with the assistant, expected a turn of the user first')
+        raise ValueError(f'"{column}" has no turn of the user before the assistant answers')
     messages = messages[: len(roles) - roles[::-1].index("assistant")]
     if len(messages) == 2:
         return instruction({"instruction": messages[0][1], "output": messages[1][1]})

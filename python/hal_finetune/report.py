@@ -97,17 +97,19 @@ def _card(
 
 def _usage(method: str, model: str, labels: list[str] | None) -> list[str]:
     kind = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
-    if method == "full":
-        return [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("model")']
     more = "" if labels is None else f", num_labels={len(labels)}"
-    on_kernels = method in ON_KERNELS
+    saved, base = ("model", '"model"') if method == "full" else ("adapter", f'"{model}"{more}')
     lines = [
-        "import hal_kernels" if on_kernels else "from peft import PeftModel",
-        f"from transformers import {kind}",
+        f"from transformers import AutoTokenizer, {kind}",
         "",
-        f'model = {kind}.from_pretrained("{model}"{more})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{saved}")',
+        f"model = {kind}.from_pretrained({base})",
     ]
-    if on_kernels:
-        lines.append('hal_kernels.load_adapter(model, "adapter")')
-        return [*lines, '# without hal_kernels: peft.PeftModel.from_pretrained(model, "lora")']
-    return [*lines, 'model = PeftModel.from_pretrained(model, "adapter")']
+    if method in ON_KERNELS:
+        load = 'hal_kernels.load_adapter(model, "adapter")'
+        without = '# without hal_kernels: peft.PeftModel.from_pretrained(model, "lora")'
+        return ["import hal_kernels", *lines, load, without]
+    if method == "full":
+        return lines
+    load = 'model = PeftModel.from_pretrained(model, "adapter")'
+    return ["from peft import PeftModel", *lines, load]

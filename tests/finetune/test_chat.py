@@ -91,7 +91,7 @@ USER, ASSISTANT = MESSAGES[1:3]
         ("hello", r'"messages" is \'hello\', expected a list of turns'),
         ([], r'"messages" is \[\], expected a list of turns'),
         ([USER], '"messages" has no turn of the assistant to learn from: leave it out'),
-        ([ASSISTANT], '"messages" begins with the assistant, expected a turn of the user first'),
+        ([ASSISTANT], '"messages" has no turn of the user before the assistant answers'),
         ([USER, "yes"], r'"messages"\[1\] is \'yes\', expected "role" and "content", or'),
         ([USER, {"role": "assistant"}], r'"messages"\[1\] is .*, expected "role" and "content"'),
         ([USER | {"content": ["a"]}, ASSISTANT], r'"messages"\[0\] is .*, as texts'),

@@ -84,15 +84,10 @@ def hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
     stored = {}
 
-    def load_dataset(path, config=None, *, split):
-        return stored[path, config, split]
+    def load_dataset(path, config):
+        return {s: rows for (p, c, s), rows in stored.items() if (p, c) == (path, config)}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(
-        datasets,
-        "get_dataset_split_names",
-        lambda path, config: [s for p, c, s in stored if (p, c) == (path, config)],
-    )
     return stored
 
 
