@@ -151,18 +151,16 @@ def parse(argv: list[str]) -> Options:
     beneath = [] if config is None else arguments_of(Path(config))
     if parser.parse_known_args([*beneath, *argv])[0].recipe == "paper":
         beneath = [*PAPER, *beneath]
-    namespace, unknown = parser.parse_known_args([*beneath, *argv])
-    if unknown:
-        parser.error(f"unknown options: {_unknown([a for a in unknown if a[0] == '-'] or unknown)}")
-    values = vars(namespace)
-
-    def made(kind: Any) -> Any:
-        return kind(**{f.name: values[f.name] for f in fields(kind) if f.init})
-
     try:
-        data, method, run = made(DataOptions), made(MethodOptions), made(RunOptions)
+        made: Any = parser.parse_args_into_dataclasses(
+            [*beneath, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
     except Exception as error:  # TrainingArguments', of any kind: what doesn't go together
         raise OptionsError(str(error)) from error
+    data, method, run, _, unknown = made
+    if unknown:
+        named = [word for word in unknown if word.startswith("-")]
+        parser.error(f"unknown options: {_unknown(named or unknown)}")
     _check(data, method, run)
     return data, method, run
 

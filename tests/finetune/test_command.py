@@ -452,6 +452,13 @@ def test_models_that_cannot_be_used(spoil, message, finetune, tmp_path, capsys):
     assert len(said) == 1 and message in said[0]
 
 
+def test_a_run_shorter_than_its_warm_up_is_told_so(finetune, bert_folder, reviews, capsys):
+    arguments = classification(bert_folder, reviews, *BRIEF, "--warmup-steps", 500)
+    assert finetune(*arguments, "--recipe", "paper") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "warm-up" in line]
+    assert said == ["hal-finetune: warm-up takes 500 of 3 steps: see --warmup-steps"]
+
+
 def test_padding_is_the_tokenizers(finetune, tmp_path):
     """GPT-2's classifier judges by the last token that is no padding, also before any training."""
     save_model("gpt2", tmp_path / "model", pad_token_id=None)
