@@ -213,7 +213,7 @@ def encode(
         if isinstance(examples[0], Prompted):
             return _encode_prompted(tokenizer, examples, max_length)  # type: ignore[arg-type]
         return _encode_labelled(tokenizer, examples, max_length)  # type: ignore[arg-type]
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # a slow tokenizer knows no offsets
         raise OptionsError(str(error)) from error
 
 

@@ -238,17 +238,11 @@ def chat_tokens(tokenizer: Any, example: Prompted) -> tuple[list[int], list[int]
 
 
 def _render(
-    tokenizer: Any,
-    example: Prompted,
-    turns: int | None = None,
-    *,
-    asks: bool = False,
-    tokenize: bool = False,
-    **options: Any,
+    tokenizer: Any, example: Prompted, turns: int | None = None, asks: bool = False, **options: Any
 ) -> Any:
     """The first `turns` (None: all) by the chat template; `asks`: for the assistant's next one."""
     chat = [{"role": role, "content": content} for role, content in example.messages[:turns]]
-    options |= {"add_generation_prompt": asks, "tokenize": tokenize}
+    options = {"tokenize": False, "add_generation_prompt": asks} | options
     try:
         return tokenizer.apply_chat_template(chat, **options)
     except Exception as error:  # any kind: a template raises what it likes
