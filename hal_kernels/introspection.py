@@ -1,7 +1,7 @@
 """What an adapter holds: factors, ranks, penalty, size; and `step` for foreign optimizers."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -110,11 +110,9 @@ def summary(model: nn.Module) -> str:
 def starting_rate(model: nn.Module) -> float:
     """The learning rate to try first for a patched model (docs/convergence.md)."""
     config = find_adapter(model).config
-    if not config.spectral:
-        return 1e-2 if config.hypernet == "direct" else 1e-4
-    modules: Iterable[Any] = model.modules()
-    writes = next((m.can_generate() for m in modules if hasattr(m, "can_generate")), False)
-    return 3e-4 if writes else 1e-3
+    if config.spectral:
+        return 1e-3
+    return 1e-2 if config.hypernet == "direct" else 1e-4
 
 
 def _megabytes(tensors: Iterable[torch.Tensor]) -> float:

@@ -140,7 +140,7 @@ def test_summary_says_what_a_run_will_take(options, rate, moments):
 def test_summary_of_a_language_model_whose_ranks_stay():
     model = hal_kernels.patch_model(models.llama(), rank=2, init_rank=2)
     said = hal_kernels.summary(nn.Sequential(model))
-    assert "28 directions, fixed" in said and "0.0003 to start with" in said
+    assert "28 directions, fixed" in said and "0.001 to start with" in said
 
 
 # -- penalty ---------------------------------------------------------------------------------------

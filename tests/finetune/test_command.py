@@ -84,7 +84,7 @@ def test_every_method_trains_and_leaves_its_files(
     [
         ("gpt2", [], 1e-3), ("gpt2", ["--method", "adalora"], 1e-2),
         ("gpt2", ["--hypernet", "mlp"], 1e-4), ("gpt2", ["--method", "full"], 2e-5),
-        ("gpt2", ["--method", "lora", "--learning-rate", 0.5], 0.5), ("llama", [], 3e-4),
+        ("gpt2", ["--method", "lora", "--learning-rate", 0.5], 0.5), ("llama", [], 1e-3),
     ],
 )  # fmt: skip
 def test_the_rate_suits_the_method(family, options, rate, finetune, tmp_path, capsys):
