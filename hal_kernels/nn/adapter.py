@@ -82,6 +82,8 @@ class HyperAdapter(State):
 
     def __init__(self, config: HALConfig, layout: Layout, device: torch.device) -> None:
         super().__init__(config)
+        self.tangent = TANGENT if config.spectral else 0.0
+        """What the layers' operators scale the gradients of ΔW by that they leave; 0: dP and dQ."""
         self.steps = 0
         self.disabled = False
         self.saved_modules: dict[str, dict[str, torch.Tensor]] = {}
@@ -170,7 +172,7 @@ class HyperAdapter(State):
         """(P rows, Λ_eff, Q rows) for one layer's forward; None while disabled."""
         if self.disabled:
             return None
-        live = self._pass.live
+        live = self._passes.mine.live
         if live is not None:
             if not torch.is_grad_enabled() and live.effective.p[0].requires_grad:
                 refuse_reentrant()
@@ -287,11 +289,6 @@ class HyperAdapter(State):
             (layout.p.sizes, layout.q.sizes),
             layout.max_rank,
         )
-
-    @property
-    def tangent(self) -> float:
-        """What the layers' operators scale the gradients of ΔW by that they leave; 0: dP and dQ."""
-        return TANGENT if self.config.spectral else 0.0
 
     def _generate_with_graph(self, *, once: bool = True) -> Generation:
         """One generation inside autograd.
