@@ -225,7 +225,8 @@ def layer_output(
         if grams is not None and not _gives_grams(x, p, q):
             grams = None
         options = scaling, dropout, seed, tangent, mask, grams
-        y: torch.Tensor = _Layer.apply(x, weight, base, p, lam, q, options)
+        apply = _Layer.apply if _transformed() else _apply_layer
+        y: torch.Tensor = apply(x, weight, base, p, lam, q, options)
         return y
     if mask is not None:
         lam = lam * mask
@@ -249,7 +250,8 @@ def group_outputs(
     if x.shape[-1:] != first.shape[1:] or x.dtype != first.dtype or x.device != first.device:
         refuse(x, first, bias[0], p[0], lam[0], q[0])
     if torch.is_grad_enabled():
-        y: Sequence[torch.Tensor] = _Group.apply(scaling, tangent, x, *weight, *bias, *p, *lam, *q)
+        apply = _Group.apply if _transformed() else _apply_group
+        y: Sequence[torch.Tensor] = apply(scaling, tangent, x, *weight, *bias, *p, *lam, *q)
         return y
     return _svd_linear_group(x, weight, bias, p, lam, q, scaling, 0.0, None)[0]
 
@@ -400,6 +402,17 @@ class _Group(torch.autograd.Function):
             factors = (dp.split(ranks), none if tangent else dlam.split(ranks), dq)
         dfactors = (g for group in factors for g in group)
         return None, None, dx if needs_x else None, *dweight, *dbias, *dfactors
+
+
+# `Function.apply` unwraps every argument for torch.func, which takes as long as the operator; its
+# base class's does nothing of the kind.
+_apply_layer: Callable[..., Any] = super(torch.autograd.Function, _Layer).apply
+_apply_group: Callable[..., Any] = super(torch.autograd.Function, _Group).apply
+
+
+def _transformed() -> bool:
+    """Whether torch.compile traces, or torch.func asks for what these Functions refuse."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _lists(values: Sequence[Any], count: int) -> list[list[Any]]:
