@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from ..config import HALConfig
+from ..ops.orthogonality_penalty import orthogonality_penalty
 from ..ops.ragged import Slots
 from .allocation import allocate, announce
 from .calls import Calls
 from .layout import Layout
 from .notices import Notices
 from .packed import Generation, LayerFactors, Packed
-from .penalty import packed_penalty
 from .probes import Probed
 from .processes import all_agree, expect_shared, share_state, world_size
 from .recompute import Regenerate, inside_backward, refuse_reentrant
@@ -216,7 +216,10 @@ class HyperAdapter(State):
         return 0.0 if self.config.spectral else self.config.gamma
 
     def penalty(self, packed: Packed | None = None) -> torch.Tensor:
-        """γ · orthogonality penalty [eq. 7] of the factors of this pass (a scalar)."""
+        """γ · orthogonality penalty [eq. 7] of the factors of this pass (a scalar).
+
+        "squared" averages over the layers, "frobenius" over their matrices, as PEFT's AdaLoRA does.
+        """
         if packed is None:
             live = self._pass.live or (
                 self._stray_generation() if torch.is_grad_enabled() else self.current()
@@ -226,7 +229,15 @@ class HyperAdapter(State):
             self.notices.penalized = True
         if self.config.spectral:
             return packed.lam.new_zeros((), requires_grad=torch.is_grad_enabled())
-        return packed_penalty(self, packed)
+        kind, count = self.config.penalty, len(self.layout.layers)
+        sides = (("p", self.layout.p.groups), ("q", self.layout.q.groups))
+        return orthogonality_penalty(
+            [*packed.p, *packed.q],
+            offsets=[getattr(self, f"offsets_{s}_{g.width}") for s, gs in sides for g in gs],
+            max_ranks=[max(group.ranks) for _, groups in sides for group in groups],
+            kind=kind,
+            weight=self.config.gamma / (count if kind == "squared" else 2 * count),
+        )
 
     def loss_term(self, *, counts_once: bool) -> torch.Tensor | None:
         """γ·penalty to be added to this forward's loss, or None.
