@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from ..config import HALConfig
+from ..ops.orthogonality_penalty import orthogonality_penalty
 from ..ops.ragged import Slots
 from .allocation import allocate, announce
 from .calls import Calls
 from .layout import Layout
 from .notices import Notices
 from .packed import Generation, LayerFactors, Packed
-from .penalty import packed_penalty
 from .probes import Probed
 from .processes import all_agree, expect_shared, share_state, world_size
 from .recompute import Regenerate, inside_backward, refuse_reentrant
@@ -82,6 +82,8 @@ class HyperAdapter(State):
 
     def __init__(self, config: HALConfig, layout: Layout, device: torch.device) -> None:
         super().__init__(config)
+        self.tangent = TANGENT if config.spectral else 0.0
+        """What the layers' operators scale the gradients of ΔW by that they leave; 0: dP and dQ."""
         self.steps = 0
         self.disabled = False
         self.saved_modules: dict[str, dict[str, torch.Tensor]] = {}
@@ -170,7 +172,7 @@ class HyperAdapter(State):
         """(P rows, Λ_eff, Q rows) for one layer's forward; None while disabled."""
         if self.disabled:
             return None
-        live = self._pass.live
+        live = self._passes.mine.live
         if live is not None:
             if not torch.is_grad_enabled() and live.effective.p[0].requires_grad:
                 refuse_reentrant()
@@ -214,7 +216,10 @@ class HyperAdapter(State):
         return 0.0 if self.config.spectral else self.config.gamma
 
     def penalty(self, packed: Packed | None = None) -> torch.Tensor:
-        """γ · orthogonality penalty [eq. 7] of the factors of this pass (a scalar)."""
+        """γ · orthogonality penalty [eq. 7] of the factors of this pass (a scalar).
+
+        "squared" averages over the layers, "frobenius" over their matrices, as PEFT's AdaLoRA does.
+        """
         if packed is None:
             live = self._pass.live or (
                 self._stray_generation() if torch.is_grad_enabled() else self.current()
@@ -224,7 +229,15 @@ class HyperAdapter(State):
             self.notices.penalized = True
         if self.config.spectral:
             return packed.lam.new_zeros((), requires_grad=torch.is_grad_enabled())
-        return packed_penalty(self, packed)
+        kind, count = self.config.penalty, len(self.layout.layers)
+        sides = (("p", self.layout.p.groups), ("q", self.layout.q.groups))
+        return orthogonality_penalty(
+            [*packed.p, *packed.q],
+            offsets=[getattr(self, f"offsets_{s}_{g.width}") for s, gs in sides for g in gs],
+            max_ranks=[max(group.ranks) for _, groups in sides for group in groups],
+            kind=kind,
+            weight=self.config.gamma / (count if kind == "squared" else 2 * count),
+        )
 
     def loss_term(self, *, counts_once: bool) -> torch.Tensor | None:
         """γ·penalty to be added to this forward's loss, or None.
@@ -287,11 +300,6 @@ class HyperAdapter(State):
             (layout.p.sizes, layout.q.sizes),
             layout.max_rank,
         )
-
-    @property
-    def tangent(self) -> float:
-        """What the layers' operators scale the gradients of ΔW by that they leave; 0: dP and dQ."""
-        return TANGENT if self.config.spectral else 0.0
 
     def _generate_with_graph(self, *, once: bool = True) -> Generation:
         """One generation inside autograd.

@@ -39,8 +39,8 @@ class LayerSlot:
         if factors is None:
             return None
         dropout = adapter.config.dropout if training else 0.0
-        scaling, tangent = adapter.scalings[self.index], adapter.tangent
-        return factors, {"scaling": scaling, "dropout": dropout, "tangent": tangent}
+        scaling = adapter.scalings[self.index]
+        return factors, {"scaling": scaling, "dropout": dropout, "tangent": adapter.tangent}
 
 
 class AdaptedLayer(nn.Module):
@@ -50,16 +50,14 @@ class AdaptedLayer(nn.Module):
 
     def adapter_arguments(self) -> tuple[LayerFactors, dict[str, Any]] | None:
         """What `LayerSlot.arguments` gives; a layer that stands alone has its own."""
-        return self._own_arguments() if self._hal is None else self._hal.arguments(self.training)
+        assert self._hal is not None
+        return self._hal.arguments(self.training)
 
     def _arguments_of_call(self) -> tuple[LayerFactors, dict[str, Any]] | None:
         """The same for this layer's forward, which its adapter is told of."""
         if self._hal is not None:
             self._hal.adapter.note_call(self._hal.index)
         return self.adapter_arguments()
-
-    def _own_arguments(self) -> tuple[LayerFactors, dict[str, Any]]:
-        raise RuntimeError(f"{type(self).__name__} is not part of a patched model")
 
 
 class HALLinear(AdaptedLayer, nn.Linear):
@@ -157,13 +155,15 @@ class HALLinear(AdaptedLayer, nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
 
-    def _own_arguments(self) -> tuple[LayerFactors, dict[str, Any]]:
-        # Through the attributes it takes longer than the product with the mask.
-        own: dict[str, Any] = self._parameters
-        return (own["p"], own["lam"] * self._buffers["mask"], own["q"]), {
+    def adapter_arguments(self) -> tuple[LayerFactors, dict[str, Any]] | None:
+        if self._hal is not None:
+            return self._hal.arguments(self.training)
+        own: dict[str, Any] = self._parameters  # a module's attributes take three look-ups each
+        return (own["p"], own["lam"], own["q"]), {
             "scaling": self.scaling,
             "dropout": self.dropout if self.training else 0.0,
             "tangent": 0.0,
+            "mask": self._buffers["mask"],
         }
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,6 @@ def importance_scores(
     positions_q: torch.Tensor,
     *,
     count_p: int,
-    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One score per direction.
 
@@ -83,7 +82,6 @@ def importance_scores(
         positions_p, positions_q: int64 ``[R]``, the row of each direction in the P (Q) tensors, one
             behind the other.
         count_p: how many tensors are P's.
-        mask: ``[R]``; where it is 0 the score is −inf.
 
     Returns:
         ``[R]`` in the dtype of Λ's importance.
@@ -115,16 +113,12 @@ def importance_scores(
         heights = [t.shape[0] for t in side]
         if sum(heights) != rows:
             raise ValueError(f"importance has {heights} rows for {name}, expected {rows} in all")
-    if mask is not None:
-        expect_shape("mask", mask, (rows,), "[R]")
-    named = {"mask": mask, "positions_p": positions_p, "positions_q": positions_q}
-    expect_same_device("importance[0]", importance[0], **named)
+        expect_same_device("importance[0]", importance[0], **{name: positions})
 
     products = torch._foreach_mul(list(importance), list(uncertainty))
     p, q = products[:count_p], products[count_p + 1 :]
     means = torch.cat([t.mean(1) for t in (*p, *q)])
-    scores = products[count_p] + means[:rows][positions_p] + means[rows:][positions_q]
-    return scores if mask is None else torch.where(mask > 0, scores, -math.inf)
+    return products[count_p] + means[:rows][positions_p] + means[rows:][positions_q]
 
 
 @torch.no_grad()

@@ -196,12 +196,14 @@ def layer_output(
     dropout: float = 0.0,
     tangent: float = 0.0,
     seed: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     grams: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`svd_linear`, or `svd_adapter_add` to `base` without a weight, of one layer's own tensors.
 
-    Only what comes from outside is looked at: x, and the `base` that an adapter is added to. On a
-    GPU and with gradients what `layer_penalty` needs is appended to `grams`, without a launch.
+    Only what comes from outside is looked at: x, and the `base` that an adapter is added to. No
+    gradient goes to `mask`. On a GPU and with gradients what `layer_penalty` needs is appended to
+    `grams`, without a launch.
     """
     if weight is None:
         assert base is not None
@@ -222,10 +224,12 @@ def layer_output(
     if torch.is_grad_enabled():
         if grams is not None and not _gives_grams(x, p, q):
             grams = None
-        y: torch.Tensor = _Layer.apply(
-            x, weight, base, p, lam, q, scaling, dropout, seed, tangent, grams
-        )
+        options = scaling, dropout, seed, tangent, mask, grams
+        apply = _Layer.apply if _transformed() else _apply_layer
+        y: torch.Tensor = apply(x, weight, base, p, lam, q, options)
         return y
+    if mask is not None:
+        lam = lam * mask
     return _svd_linear(x, weight, base, p, lam, q, scaling, dropout, seed)[0]
 
 
@@ -246,7 +250,8 @@ def group_outputs(
     if x.shape[-1:] != first.shape[1:] or x.dtype != first.dtype or x.device != first.device:
         refuse(x, first, bias[0], p[0], lam[0], q[0])
     if torch.is_grad_enabled():
-        y: Sequence[torch.Tensor] = _Group.apply(scaling, tangent, x, *weight, *bias, *p, *lam, *q)
+        apply = _Group.apply if _transformed() else _apply_group
+        y: Sequence[torch.Tensor] = apply(scaling, tangent, x, *weight, *bias, *p, *lam, *q)
         return y
     return _svd_linear_group(x, weight, bias, p, lam, q, scaling, 0.0, None)[0]
 
@@ -317,12 +322,11 @@ class _Layer(torch.autograd.Function):
         p: torch.Tensor,
         lam: torch.Tensor,
         q: torch.Tensor,
-        scaling: float,
-        dropout: float,
-        seed: torch.Tensor | None,
-        tangent: float,
-        grams: list[torch.Tensor] | None,
+        options: tuple[Any, ...],
     ) -> torch.Tensor:
+        scaling, dropout, seed, tangent, mask, grams = options
+        if mask is not None:  # here, where it makes no node of the graph
+            lam = lam * mask
         if grams is None:
             y, h = _svd_linear(x, weight, base, p, lam, q, scaling, dropout, seed)
         else:
@@ -330,14 +334,14 @@ class _Layer(torch.autograd.Function):
 
             layer = [weight], [base], [p], [lam], [q]
             (y,), h = triton.forward(x, *layer, scaling, dropout, seed, grams=grams)
-        ctx.save_for_backward(x, h, weight, p, lam, q, seed)
+        ctx.save_for_backward(x, h, weight, p, lam, q, seed, mask)
         ctx.options = scaling, dropout, tangent
         return y
 
     @staticmethod
     @gradient
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        x, h, weight, p, lam, q, seed = ctx.saved_tensors
+        x, h, weight, p, lam, q, seed, mask = ctx.saved_tensors
         scaling, dropout, tangent = ctx.options
         needs = ctx.needs_input_grad
         wanted = _wants_factors(needs[3:6], tangent)
@@ -348,8 +352,11 @@ class _Layer(torch.autograd.Function):
         dbase = None
         if needs[2]:
             dbase = dy if weight is None else flat(dy).sum(0)
-        factors = (dp, None if tangent else dlam, dq) if wanted else (None, None, None)
-        return dx if needs[0] else None, dweight, dbase, *factors, None, None, None, None, None
+        factors = (None, None, None)
+        if wanted:
+            dlam = None if tangent else dlam if mask is None else dlam.mul_(mask)
+            factors = dp, dlam, dq
+        return dx if needs[0] else None, dweight, dbase, *factors, None
 
 
 class _Group(torch.autograd.Function):
@@ -395,6 +402,17 @@ class _Group(torch.autograd.Function):
             factors = (dp.split(ranks), none if tangent else dlam.split(ranks), dq)
         dfactors = (g for group in factors for g in group)
         return None, None, dx if needs_x else None, *dweight, *dbias, *dfactors
+
+
+# `Function.apply` unwraps every argument for torch.func, which takes as long as the operator; its
+# base class's does nothing of the kind.
+_apply_layer: Callable[..., Any] = super(torch.autograd.Function, _Layer).apply
+_apply_group: Callable[..., Any] = super(torch.autograd.Function, _Group).apply
+
+
+def _transformed() -> bool:
+    """Whether torch.compile traces, or torch.func asks for what these Functions refuse."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _lists(values: Sequence[Any], count: int) -> list[list[Any]]:
