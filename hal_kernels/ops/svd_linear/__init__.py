@@ -410,9 +410,13 @@ _apply_layer: Callable[..., Any] = super(torch.autograd.Function, _Layer).apply
 _apply_group: Callable[..., Any] = super(torch.autograd.Function, _Group).apply
 
 
+# Private to torch: a version without it is served by `Function.apply`.
+_in_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
 def _transformed() -> bool:
     """Whether torch.compile traces, or torch.func asks for what these Functions refuse."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or _in_torch_func()
 
 
 def _lists(values: Sequence[Any], count: int) -> list[list[Any]]:
