@@ -185,11 +185,14 @@ class FormulaContract(AdapterCases):
             gradients = torch.autograd.grad(out, leaves, dy)
         assert_same(dict(enumerate(gradients)), dict(enumerate(expected)), EXACT[torch.float32])
 
+    @pytest.mark.parametrize("linear", [True, False])
     @pytest.mark.parametrize("name", ["x", *FACTORS])
-    def test_double_backward_is_an_error(self, name):
+    def test_double_backward_is_an_error(self, name, linear):
+        """Of a loss that is linear in y, too: dx depends on the factors all the same."""
         inputs = self.make()
         inputs[name].requires_grad_()
-        loss = self.call()(**inputs).square().sum()
+        out = self.call()(**inputs)
+        loss = (out if linear else out.square()).sum()
         (gradient,) = torch.autograd.grad(loss, inputs[name], create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             gradient.sum().backward()

@@ -301,10 +301,12 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *t: call()(**dict(zip(inputs, t, strict=True))), leaves)
 
 
-def test_double_backward_is_an_error():
+@pytest.mark.parametrize("linear", [True, False])
+def test_double_backward_is_an_error(linear):
     inputs = make()
     inputs["x"].requires_grad_()
-    loss = call()(**inputs).square().sum()
+    out = call()(**inputs)
+    loss = (out if linear else out.square()).sum()
     (gradient,) = torch.autograd.grad(loss, inputs["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
