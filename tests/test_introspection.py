@@ -169,33 +169,6 @@ def test_penalty_is_the_formula(kind, hypernet):
         torch.testing.assert_close(penalty(model), expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("hypernet", ["direct", "bert"])
-def test_a_loss_outside_the_model(hypernet):
-    """gamma·penalty added by hand trains as the one that the model adds."""
-
-    class Logits(models.Net):
-        def forward(self, x):
-            return self.classifier(self.features(x))
-
-    torch.manual_seed(0)
-    bare = Logits()
-    inside = models.Net()
-    inside.load_state_dict(bare.state_dict())
-    for model in (bare.double(), inside.double()):
-        patched(model, hypernet=hypernet, gamma=0.5, dtype=torch.float64)
-    data = batches(inside, 3)
-    optimizer, other = (torch.optim.SGD(trainable(m), lr=1e-3) for m in (bare, inside))
-    for inputs in data:
-        loss = F.cross_entropy(bare(inputs["x"]), inputs["labels"]) + penalty(bare)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    train(inside, other, data)
-    assert bare.hal.steps == 3
-    for (name, left), right in zip(state(bare).items(), state(inside).values(), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12, msg=name)
-
-
 def test_penalty_alone_orthogonalises():
     model = patched(gamma=1.0)
     optimizer = torch.optim.Adam(model.hal.parameters(), lr=0.02)

@@ -6,10 +6,10 @@ import torch
 from lifecycle import patched, predict, stir, unchanged
 from torch import nn
 from torch.nn import functional as F
-from training import adam, assert_equal, state, train, trainable
+from training import adam, batches, train, trainable
 
 import hal_kernels
-from hal_kernels import HALLinear, load_adapter, patch_model, rank_pattern, save_adapter
+from hal_kernels import HALLinear, patch_model, rank_pattern
 
 ALL = ["up.0", "up.1", "down.0", "down.1"]
 
@@ -311,24 +311,7 @@ def test_weight_of_a_tensor_subclass_takes_the_foreign_path():
     assert isinstance(layer, nn.Linear) and matters(model, "up.0")
 
 
-def test_torchao_layers_train():
-    torchao = pytest.importorskip("torchao.quantization")
-    model = models.net()
-    torchao.quantize_(model.up, torchao.Int8WeightOnlyConfig())
-    patch_model(model, 2, hypernet="direct")
-    losses = train(model, adam(model, 3e-2), [models.batch(model)] * 8)
-    assert losses[-1] < losses[0]
-
-
 # -- what patching changes -------------------------------------------------------------------------
-
-
-def test_only_the_adapter_and_modules_to_save_are_trained():
-    for hypernet in ("direct", "bert"):
-        model = models.net()
-        patch_model(model, 2, hypernet=hypernet)
-        for name, parameter in model.named_parameters():
-            assert parameter.requires_grad == name.startswith(("hal.", "classifier."))
 
 
 def test_a_head_frozen_before_is_trained_after():
@@ -383,26 +366,6 @@ def test_config_and_options_are_the_same_thing():
         assert torch.equal(left, right)
 
 
-def test_seed_decides_the_factors_and_leaves_the_global_generator_alone():
-    before = torch.get_rng_state()
-    first, second, other = (
-        patch_model(models.net(), 2, hypernet="direct", seed=seed).hal.p_16 for seed in (5, 5, 6)
-    )
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first, second) and not torch.equal(first, other)
-    patch_model(models.net(), 2, hypernet="direct")
-    assert not torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("hypernet", ["direct", "bert", "mlp", "cnn"])
-@pytest.mark.parametrize("update", ["anchor", "residual"])
-def test_a_new_adapter_changes_no_output(hypernet, update):
-    model = models.net()
-    base = predict(model)
-    patch_model(model, 2, hypernet=hypernet, update=update)
-    assert torch.equal(predict(model), base)
-
-
 def test_replace_starts_elsewhere():
     model = models.net()
     base = predict(model)
@@ -415,29 +378,17 @@ def test_every_layer_takes_part():
     assert all(matters(model, name) for name in ALL)
 
 
-def test_a_narrow_layer_limits_its_own_rank_alone(tmp_path):
+def test_a_narrow_layer_limits_its_own_rank_alone():
     """Mixture-of-experts gates and value heads have one output."""
 
     class Gated(models.Holder):
         def forward(self, x, labels=None):
-            return self.classifier(torch.sigmoid(self.gate(x)) * self.thin(self.wide(x)))
+            x = self.classifier(torch.sigmoid(self.gate(x)) * self.thin(self.wide(x)))
+            return {"loss": F.cross_entropy(x, labels)}
 
-    def make():
-        return Gated(
-            wide=nn.Linear(16, 16), thin=nn.Sequential(nn.Linear(16, 3), nn.Linear(3, 16)),
-            gate=nn.Linear(16, 1),
-        )  # fmt: skip
-
-    model = make()
+    thin = nn.Sequential(nn.Linear(16, 3), nn.Linear(3, 16))
+    model = Gated(wide=nn.Linear(16, 16), thin=thin, gate=nn.Linear(16, 1))
     patch_model(model, rank=3, hypernet="direct", interval=1, gamma=0.0)
     assert rank_pattern(model) == {"wide": 5, "thin.0": 3, "thin.1": 3, "gate": 1}
-    optimizer = adam(model)
-    for _ in range(4):
-        model(torch.randn(4, 16)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        save_adapter(model, tmp_path)
-        loaded = load_adapter(make(), tmp_path)
-        assert_equal(state(loaded), state(model))
-        assert loaded.hal.budget == 3 + 3 + 3 + 1
+    train(model, adam(model), batches(model, 4))
     assert sum(rank_pattern(model).values()) == 3 + 3 + 3 + 1

@@ -99,6 +99,7 @@ def test_layers_narrower_than_the_rank(hypernet, options, tmp_path):
         loaded = load_adapter(target, tmp_path)
         assert_equal(state(loaded), state(model))
         assert hal_kernels.rank_pattern(loaded) == hal_kernels.rank_pattern(model)
+        assert loaded.hal.budget == model.hal.budget
 
 
 def test_layers_that_are_one_layer_here(tmp_path):

@@ -1,12 +1,12 @@
 """Layers that read one input compute as one, and never wrongly where they don't."""
 
 import copy
-import io
 import threading
 
 import models
 import pytest
 import torch
+from lifecycle import pickled
 from ops.util import CountCalls, relative_error
 from siblings import (
     SAME,
@@ -430,10 +430,7 @@ def test_a_copy_has_groups_of_its_own():
     twin = copy.deepcopy(model)
     (group,), (other,) = groups_of(model), groups_of(twin)
     assert other is not group and other.layers == (twin.query, twin.key, twin.value)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
+    loaded = pickled(model)
     assert groups_of(loaded)[0].layers == (loaded.query, loaded.key, loaded.value)
     assert_computes(loaded, x_of(), together=True)
     expected = model(x_of())

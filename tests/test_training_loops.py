@@ -235,33 +235,6 @@ def test_optimizers_without_the_adapter_that_are_fine(hypernet):
     train(frozen, torch.optim.SGD(trainable(frozen), lr=0.1), batches(frozen, 2))
 
 
-@pytest.mark.parametrize("hypernet", ["direct", "bert"])
-def test_step_for_foreign_optimizers(hypernet):
-    """An optimizer that torch's hooks don't see, and hal_kernels.step: the same run."""
-    model, hooked = patched_net(hypernet), patched_net(hypernet)
-    data = batches(model, LAST_ALLOCATION)
-    for inputs in data:
-        models.loss_of(model(**inputs)).backward()
-        with torch.no_grad():
-            for parameter in trainable(model):
-                parameter.sub_(parameter.grad, alpha=1e-3)
-        hal_kernels.step(model)
-        model.zero_grad()
-    train(hooked, torch.optim.SGD(trainable(hooked), lr=1e-3), data)
-    assert model.hal.steps == LAST_ALLOCATION
-    assert_equal(state(model), state(hooked))
-
-
-def test_step_after_a_noticed_step_does_nothing():
-    model = patched_net("bert")
-    optimizer = adam(model)
-    models.loss_of(model(**models.batch(model))).backward()
-    optimizer.step()
-    before = state(model)
-    hal_kernels.step(model)
-    assert_equal(state(model), before)
-
-
 @pytest.mark.parametrize("hypernet", HYPERNETS)
 def test_several_patched_models(hypernet):
     """Each follows its own optimizer; one optimizer may hold two of them."""
