@@ -129,6 +129,13 @@ def test_exception_in_forward(hypernet):
         losses += train(model, optimizer, [inputs])
     assert losses == train(clean, adam(clean), data)
     assert_equal(state(model), state(clean))
+    with pytest.raises(ValueError, match="x has shape"):
+        model(x=torch.zeros(2, 3))
+    with torch.no_grad():  # the factors of that pass are out of use
+        for parameter in model.hal.parameters():
+            parameter.mul_(1.1)
+        features = model.features(data[0]["x"])
+        assert torch.equal(model.classifier(features), models.logits_of(model(data[0]["x"])))
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
