@@ -15,16 +15,6 @@ from hal_kernels import load_adapter, save_adapter
 pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A trained "direct" model and the folder it was saved in. Not to be changed."""
-    model = patched(init_rank=3, interval=2, allocation="ema")
-    train(model, adam(model), batches(model, 5))
-    folder = tmp_path_factory.mktemp("saved") / "adapter"
-    save_adapter(model, folder)
-    return model, folder
-
-
 # -- round trips -----------------------------------------------------------------------------------
 
 
