@@ -3,7 +3,7 @@
 import models
 import pytest
 import torch
-from lifecycle import HYPERNETS, patched, predict, prune, prune_layer, unchanged
+from lifecycle import HYPERNETS, patched, predict, prune, prune_layer
 from torch import nn
 from torch.nn import functional as F
 from training import adam, assert_equal, batches, state, train, trainable
@@ -55,21 +55,6 @@ def test_direct_factors_can_be_set_in_place():
     others = {n: g.lam.clone() for n, g in factors(model).items()}
     assert not others.pop("down.0").any() and all(lam.any() for lam in others.values())
     assert not torch.equal(predict(model), before)
-
-
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_looking_changes_nothing(hypernet):
-    model, twin = patched(hypernet=hypernet), patched(hypernet=hypernet)
-    optimizers = adam(model, 1e-3), adam(twin, 1e-3)
-    for inputs in batches(model, 3):
-        for each, optimizer in zip((model, twin), optimizers, strict=True):
-            models.loss_of(each(**inputs)).backward()
-            if each is model:
-                with unchanged(model):
-                    factors(model), rank_pattern(model), penalty(model)
-            optimizer.step()
-            optimizer.zero_grad()
-    assert_equal(state(model), state(twin))
 
 
 def test_factors_follow_training():
@@ -203,20 +188,6 @@ def test_step_for_a_foreign_optimizer(hypernet):
         model.zero_grad()
     train(twin, torch.optim.SGD(trainable(twin), lr=1e-3), data)
     assert model.hal.steps == 5 and not model.hal.mask.all()
-    assert_equal(state(model), state(twin))
-
-
-def test_step_after_a_torch_optimizer_does_nothing():
-    model, twin = patched(hypernet="bert", interval=1), patched(hypernet="bert", interval=1)
-    optimizers = adam(model, 1e-3), adam(twin, 1e-3)
-    for inputs in batches(model, 3):
-        for each, optimizer in zip((model, twin), optimizers, strict=True):
-            models.loss_of(each(**inputs)).backward()
-            optimizer.step()
-            if each is model:
-                step(model)
-            optimizer.zero_grad()
-    assert model.hal.steps == 3
     assert_equal(state(model), state(twin))
 
 

@@ -17,7 +17,7 @@ from lifecycle import (
 )
 from safetensors.torch import load_file
 from torch import nn
-from training import adam, assert_equal, batches, gradients, state, train
+from training import adam, assert_equal, batches, state, train
 
 import hal_kernels
 from hal_kernels import HALLinear, disabled, merge, unmerge
@@ -366,29 +366,6 @@ def test_everything_else_is_untouched():
     assert torch.equal(generator, torch.get_rng_state())
     for index, values in moments["state"].items():
         assert_equal(optimizer.state_dict()["state"][index], values)
-
-
-@pytest.mark.parametrize("hypernet", ["direct", "bert"])
-def test_a_block_in_the_middle_of_a_step(hypernet):
-    """A reference model's output is wanted between forward and backward (KL terms, DPO), and
-    between micro-batches."""
-    model, twin = (patched(hypernet=hypernet, interval=1) for _ in range(2))
-    data = batches(model, 4)
-    for each in (model, twin):
-        optimizer = adam(each)
-        train(each, optimizer, data[:2])
-        for inputs in data[2:]:
-            loss = models.loss_of(each(**inputs))
-            if each is model:
-                with disabled(each):
-                    predict(each, **inputs)
-            loss.backward()
-            if each is model:
-                with disabled(each):
-                    predict(each)
-        optimizer.step()
-    assert_equal(gradients(model), gradients(twin))
-    assert_equal(state(model), state(twin))
 
 
 @pytest.mark.parametrize(
