@@ -2,11 +2,10 @@
 
 import copy
 
-import lifecycle
 import models
 import pytest
 import torch
-from lifecycle import patched, predict, unchanged
+from lifecycle import patched, predict, prune, unchanged
 from training import assert_close, assert_equal, batches, budget_used, kept, state, train, trainable
 
 import hal_kernels
@@ -290,7 +289,7 @@ def test_step_is_refused():
 def test_masks_of_a_pruned_model_hold():
     model = spectral(init_rank=3, interval=10**6)
     train(model, adamw(model), batches(model, 2))
-    lifecycle.prune(model, 0, 5)
+    prune(model, 0, 5)
     train(model, adamw(model), batches(model, 3))
     assert [i for i, k in enumerate(kept(model)) if not k] == [0, 5]
     assert not model.hal.lam[[0, 5]].any()
@@ -308,8 +307,7 @@ SWITCHES = [
     [("patched", SWITCHES[0]), *(("unpatched", one) for one in SWITCHES)],
     ids=str,
 )
-def test_another_update_s_checkpoint_goes_on(into, options, monkeypatch, tmp_path):
-    lifecycle.small_hypernets(monkeypatch)
+def test_another_update_s_checkpoint_goes_on(into, options, small_hypernets, tmp_path):
     options = {"init_rank": 3, "interval": 4} | options
     model = patched(models.net(), **options)
     train(model, adamw(model), batches(model, 6))

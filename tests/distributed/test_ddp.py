@@ -31,10 +31,6 @@ FOUR = ("direct ema", "bert ema", "spectral")  # cases of four processes, too
 ALIKE = ("bert ema",)  # alike in all processes, but not the one process's run: see allocation
 
 
-def small_hypernets():
-    hypernet.HIDDEN, hypernet.INNER = 24, 32
-
-
 def build(case, seed=0):
     kind, checkpointed, options = CASES[case]
     model = models.bert(dtype=torch.float64)
@@ -62,7 +58,7 @@ def steps(model, wrapped, optimizer, rank, world, total):
 
 
 def in_processes(rank, world):
-    small_hypernets()
+    hypernet.HIDDEN, hypernet.INNER = 24, 32
     found = {}
     for case in CASES if world == 2 else FOUR:
         model, optimizer = build(case)
@@ -76,16 +72,10 @@ def found_by(world):
     return run(in_processes, world)
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(hypernet, "HIDDEN", 24)
-    monkeypatch.setattr(hypernet, "INNER", 32)
-
-
 @pytest.mark.parametrize(
     ("world", "case"), [*((2, case) for case in CASES), *((4, case) for case in FOUR)]
 )
-def test_processes_are_alike_and_equal_one(world, case, quick):
+def test_processes_are_alike_and_equal_one(world, case, small_hypernets):
     ranks = copy.deepcopy(found_by(world))
     for index in range(STEPS):
         for rank in ranks[1:]:
@@ -107,7 +97,7 @@ def test_processes_are_alike_and_equal_one(world, case, quick):
 
 
 def odd_processes(rank, world):
-    small_hypernets()
+    hypernet.HIDDEN, hypernet.INNER = 24, 32
     found = {}
 
     # 1. Each draws other factors: the first one's are taken.
@@ -189,7 +179,7 @@ def test_bytes_sent(case, odd):
     assert sum(found.values()) <= STEPS * frozen, found
 
 
-def test_the_penalty_counts_once_over_all_processes(odd, quick):
+def test_the_penalty_counts_once_over_all_processes(odd):
     net = hal_kernels.patch_model(Counting(), 2, **COUNTING)
     x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     net(x, num_items_in_batch=4).backward()

@@ -137,9 +137,7 @@ def test_the_base_is_sharded_and_the_rest_is_whole(kind, ranks):
 
 @pytest.mark.parametrize("how", ["FSDP2", "FSDP1"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_state_equal_one_process(kind, how, ranks, monkeypatch):
-    monkeypatch.setattr(hypernet, "HIDDEN", 24)
-    monkeypatch.setattr(hypernet, "INNER", 32)
+def test_losses_and_state_equal_one_process(kind, how, ranks, small_hypernets):
     model = patched(kind)
     losses = train(model, optimizer_of(model), 0, STEPS, 0, 1)
     results = [rank[kind if how == "FSDP2" else (kind, how)] for rank in ranks]

@@ -1,6 +1,5 @@
 """Tiny pretrained models and data files for the tests of fine-tuning."""
 
-import lifecycle
 import pytest
 import torch
 
@@ -69,13 +68,7 @@ def instructions(tmp_path_factory):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Small hypernetworks: the paper's take most of a tiny model's time."""
-    lifecycle.small_hypernets(monkeypatch)
-
-
-@pytest.fixture
-def finetune(tmp_path, monkeypatch, quick):
+def finetune(tmp_path, monkeypatch, small_hypernets):
     """Run the command in this process: `finetune("--flag", value, …)` returns its exit status."""
     from hal_finetune.main import main
 
