@@ -6,15 +6,7 @@ import pytest
 import torch
 from hypernet_reference import encoder_layer
 from torch import nn
-from training import (
-    adam,
-    assert_equal,
-    batches,
-    gradients,
-    state,
-    train,
-    trainable,
-)
+from training import adam, assert_equal, batches, gradients, state, train, trainable
 
 import hal_kernels
 

@@ -5,16 +5,7 @@ import copy
 import models
 import pytest
 import torch
-from lifecycle import (
-    HYPERNETS,
-    foreign_net,
-    patched,
-    pickled,
-    predict,
-    prune,
-    stir,
-    unchanged,
-)
+from lifecycle import HYPERNETS, foreign_net, patched, pickled, predict, prune, stir, unchanged
 from safetensors.torch import load_file
 from torch import nn
 from training import adam, assert_equal, batches, state, train

@@ -6,14 +6,7 @@ import models
 import pytest
 from lifecycle import pickled
 from pruning import BUDGET, CUBIC, HYPERNETS, patched_net
-from training import (
-    adam,
-    assert_equal,
-    batches,
-    budget_used,
-    state,
-    train,
-)
+from training import adam, assert_equal, batches, budget_used, state, train
 
 import hal_kernels
 

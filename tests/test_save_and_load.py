@@ -269,11 +269,7 @@ def test_other_head(saved):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"hypernet": "bert"},
-        {"hypernet": "mlp", "allocation": "ema"},
-        {"allocation": "sensitivity"},
-    ],
+    [{"hypernet": "bert"}, {"hypernet": "mlp", "allocation": "ema"}, {"allocation": "sensitivity"}],
 )
 def test_other_kind_of_adapter(options, saved):
     message = (

@@ -10,15 +10,7 @@ import models
 import pytest
 import torch
 from pruning import CUBIC, HYPERNETS, cross_entropy, patched_net
-from training import (
-    adam,
-    assert_equal,
-    batches,
-    budget_used,
-    state,
-    train,
-    trainable,
-)
+from training import adam, assert_equal, batches, budget_used, state, train, trainable
 
 import hal_kernels
 

@@ -72,8 +72,7 @@ def test_prune_of_many_ties(size, dtype):
 @given(st.data())
 def test_prune_of_any_scores(data):
     number = st.one_of(
-        st.sampled_from([0.0, -0.0, 1.0, NAN, -NAN, INF, -INF]),
-        st.floats(width=32, allow_nan=True),
+        st.sampled_from([0.0, -0.0, 1.0, NAN, -NAN, INF, -INF]), st.floats(width=32, allow_nan=True)
     )
     scores = scores_of(*data.draw(st.lists(number, max_size=12)))
     count = data.draw(st.integers(0, len(scores)))

@@ -195,10 +195,7 @@ UP, HEAD = "base_model.model.up.0.lora_", "base_model.model.classifier."
             lambda t: t.pop("base_model.model.down.1.lora_A"),
             r"'down\.1' don't fit; missing \['A'\]",
         ),
-        (
-            {"target_modules": ["0"]},
-            r"of \['down\.1', 'up\.1'\], which its target_modules do not",
-        ),
+        ({"target_modules": ["0"]}, r"of \['down\.1', 'up\.1'\], which its target_modules do not"),
         ("[" * 100_000, r"holds no checkpoint of PEFT's"),
         ("[]", r"holds no checkpoint of PEFT's"),
         (b"\xff" * 64, r"holds no checkpoint of PEFT's"),

@@ -214,9 +214,7 @@ def test_siblings_compute_as_one(monkeypatch):
     calls = []
     original = shared_input.group_outputs
     monkeypatch.setattr(
-        shared_input,
-        "group_outputs",
-        lambda *args: calls.append(len(args[1])) or original(*args),
+        shared_input, "group_outputs", lambda *args: calls.append(len(args[1])) or original(*args)
     )
     model = LLAMA.adapted()
     zoo.perturb(model)
