@@ -117,33 +117,29 @@ def test_weight_decay_acts_on_delta():
 def test_clipping_by_the_norm_sees_the_head_alone():
     """K and L are larger than a head's gradient; c keeps them out of the norm."""
     model, clipped = spectral(models.bert()), spectral(models.bert())
-    for clip, one in ((False, model), (True, clipped)):
-        optimizer = adamw(one)
-        for inputs in batches(one, 3):
-            models.loss_of(one(**inputs)).backward()
-            if clip:
-                norm = torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
-                head = [p.grad for p in one.classifier.parameters()]
-                alone = torch.nn.utils.get_total_norm(head)
-                torch.testing.assert_close(norm, alone, rtol=1e-5, atol=0)
-                assert norm < 1.0  # or the head itself would be clipped
-                assert one.hal.p_32.grad.norm() / TANGENT > 1e-3
-            optimizer.step()
-            optimizer.zero_grad()
+
+    def clip():
+        norm = torch.nn.utils.clip_grad_norm_(clipped.parameters(), 1.0)
+        alone = torch.nn.utils.get_total_norm([p.grad for p in clipped.classifier.parameters()])
+        torch.testing.assert_close(norm, alone, rtol=1e-5, atol=0)
+        assert norm < 1.0  # or the head itself would be clipped
+        assert clipped.hal.p_32.grad.norm() / TANGENT > 1e-3
+
+    train(model, adamw(model), batches(model, 3))
+    train(clipped, adamw(clipped), batches(model, 3), clip)
     assert_equal(state(clipped), state(model))
 
 
 def test_steps_weigh_alike_in_the_momenta_whatever_scales_their_gradients():
     """As clipping does, where the head's own gradient is clipped."""
     model, scaled = (spectral(models.net(dtype=torch.float64), dtype=torch.float64) for _ in "ab")
-    for one in (model, scaled):
-        optimizer = adamw(one)
-        for step, inputs in enumerate(batches(one, 5)):
-            models.loss_of(one(**inputs)).backward()
-            for parameter in one.hal.parameters():
-                parameter.grad.mul_(0.3**step if one is scaled else 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+
+    def scale():
+        for parameter in scaled.hal.parameters():
+            parameter.grad.mul_(0.3**scaled.hal.steps)
+
+    train(model, adamw(model), batches(model, 5))
+    train(scaled, adamw(scaled), batches(model, 5), scale)
     assert_close(deltas(scaled), deltas(model), 1e-9)
 
 
