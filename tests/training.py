@@ -47,8 +47,12 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of everything that training changes: the adapter whole, and the modules trained."""
-    adapter = {f"hal.{k}": v.clone() for k, v in model.hal.state_dict().items()}
+    adapter = {f"hal.{k}": v for k, v in adapter_state(model).items()}
     return adapter | {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.hal.state_dict().items()}
 
 
 def by_layer(model: nn.Module, packed: Any) -> dict[str, tuple[torch.Tensor, ...]]:

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from training import assert_close, trainable
+from training import adapter_state, assert_close, trainable
 
 import hal_kernels
 from hal_kernels.nn import hypernet
@@ -63,10 +63,6 @@ def train(model, optimizer, first, last, rank, world, wrapped=None):
     return losses
 
 
-def state(model):
-    return {k: v.clone() for k, v in model.hal.state_dict().items()}
-
-
 def in_processes(rank, world, folder):
     hypernet.HIDDEN, hypernet.INNER = 24, 32
     found = {}
@@ -81,15 +77,15 @@ def in_processes(rank, world, folder):
             hal_kernels.save_adapter(model, f"{folder}/{kind}")
         torch.distributed.barrier()
         losses += train(model, optimizer, BEFORE, STEPS, rank, world)
-        found[kind] = losses, state(model)
+        found[kind] = losses, adapter_state(model)
         again = shard(hal_kernels.load_adapter(base(), f"{folder}/{kind}"), world)
         rest = train(again, optimizer_of(again), BEFORE, STEPS, rank, world)
-        found[kind, "loaded"] = rest, state(again)
+        found[kind, "loaded"] = rest, adapter_state(again)
         flat = patched(kind)
         wrapped = shard_flat(flat, ignored_states=list(hal_kernels.replicate(flat)))
         found[kind, "FSDP1"] = (
             train(flat, optimizer_of(flat), 0, STEPS, rank, world, wrapped),
-            state(flat),
+            adapter_state(flat),
         )
         found[kind, "refused"] = refused(kind, world)
     return found
@@ -145,7 +141,7 @@ def test_losses_and_state_equal_one_process(kind, how, ranks, small_hypernets):
     # transformers takes this loss of logits in float32: rounding of sums in another order
     torch.testing.assert_close(means.tolist(), losses, rtol=1e-6, atol=0)
     for _, found in results:
-        assert_close(found, state(model), 1e-5)
+        assert_close(found, adapter_state(model), 1e-5)
         assert torch.equal(found["mask"], model.hal.mask)
 
 

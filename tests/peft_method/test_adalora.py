@@ -105,7 +105,7 @@ def test_export_of_any_adapter(hypernet, tmp_path):
     case = zoo.BY_NAME["mlp"]
     model = case.adapted(hypernet=hypernet, rank_pattern={"up.1": 6}, alpha_pattern={"down.0": 3.0})
     zoo.perturb(model)
-    adapter = model.base_model.hal_adapters["default"]
+    adapter = zoo.adapter_of(model)
     adapter.mask[:3] = 0.0  # up.0
     if hypernet == "direct":
         adapter.lam.data.mul_(adapter.mask)
