@@ -34,15 +34,9 @@ def plain(**options):
 @pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained in the prefix")
 @pytest.mark.parametrize(
     ("name", "hypernet"),
-    [
-        ("other", None),
-        ("hal", None),
-        ("a", "bert"),
-        ("adapter", "direct"),
-        ("up", None),
-        ("model", "bert"),
-    ],
-)
+    [("other", None), ("hal", None), ("a", "bert"), ("adapter", "direct"), ("up", None),
+     ("model", "bert")],
+)  # fmt: skip
 def test_names(name, hypernet, tmp_path):
     """Saved under one name and loaded under another, whatever the names are part of."""
     base = MLP.base()
