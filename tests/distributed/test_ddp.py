@@ -13,7 +13,7 @@ import hal_kernels
 from bench.communication import Counter
 from hal_kernels.nn import hypernet
 
-from .processes import run
+from .processes import run, share
 
 STEPS, ROWS = 5, 2  # rows a process and step
 # name -> (hypernet, activation checkpointing, options)
@@ -44,11 +44,9 @@ def build(case, seed=0):
 
 def steps(model, wrapped, optimizer, rank, world, total):
     """Each step's gradients and mask, on this rank's share of `total` rows."""
-    share = total // world
     found = []
     for index in range(STEPS):
-        inputs = models.batch(model, total, seed=index)
-        mine = {k: v[rank * share : (rank + 1) * share] for k, v in inputs.items()}
+        mine = share(models.batch(model, total, seed=index), rank, world)
         models.loss_of(wrapped(**mine)).backward()
         found.append(gradients(model))
         optimizer.step()

@@ -3,6 +3,7 @@
 import models
 import pytest
 import torch
+import training
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -13,7 +14,7 @@ from training import adapter_state, assert_close, trainable
 import hal_kernels
 from hal_kernels.nn import hypernet
 
-from .processes import run
+from .processes import run, share
 
 STEPS, ROWS, BEFORE = 6, 4, 3  # saved and loaded after BEFORE steps
 KINDS = ("bert", "direct", "spectral")
@@ -50,17 +51,9 @@ def shard_flat(model, **options):
 
 
 def train(model, optimizer, first, last, rank, world, wrapped=None):
-    losses = []
-    for index in range(first, last):
-        inputs = models.batch(model, ROWS, seed=index)
-        share = ROWS // world
-        mine = {k: v[rank * share : (rank + 1) * share] for k, v in inputs.items()}
-        loss = models.loss_of((wrapped or model)(**mine))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    data = (models.batch(model, ROWS, seed=index) for index in range(first, last))
+    mine = (share(inputs, rank, world) for inputs in data)
+    return training.train(wrapped or model, optimizer, mine)
 
 
 def in_processes(rank, world, folder):
