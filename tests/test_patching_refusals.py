@@ -15,8 +15,8 @@ def refuse(model, error, message, **options):
         patch_model(model, **options)
 
 
-def with_a_layer(change):
-    """A net whose block 1 was changed."""
+def changed(change):
+    """A net after `change`."""
 
     def make():
         model = models.net()
@@ -42,18 +42,23 @@ def elsewhere(model):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (with_a_layer(lambda m: m.to("meta")), r"'up\.0' is on the meta device; load the weights"),
-        (with_a_layer(lambda m: m.down[1].to("meta")), r"'down\.1' is on the meta device"),
-        (with_a_layer(elsewhere), r"several devices, \['cpu', 'cuda:0'\]"),
-        (with_a_layer(own_forward), r"'down\.1' has a forward function of its own"),
-        (with_a_layer(lambda m: setattr(m, "hal", 3)), r"model has an attribute 'hal'"),
+        (changed(lambda m: m.to("meta")), r"'up\.0' is on the meta device; load the weights"),
+        (changed(lambda m: m.down[1].to("meta")), r"'down\.1' is on the meta device"),
+        (changed(elsewhere), r"several devices, \['cpu', 'cuda:0'\]"),
+        (changed(own_forward), r"'down\.1' has a forward function of its own"),
+        (changed(lambda m: setattr(m, "hal", 3)), r"model has an attribute 'hal'"),
         (patched, r"model is patched already \(up\.0 is adapted\)"),
-        (lambda: patched().up, r"model is patched already \(0 is adapted\)"),
         (lambda: models.Holder(part=patched()), r"patched already \(part\.up\.0 is adapted\)"),
     ],
 )
 def test_models_that_cannot_be_patched(make, message):
     refuse(make(), ValueError, message)
+
+
+def test_a_part_of_a_patched_model():
+    model = patched()
+    with unchanged(model):
+        refuse(model.up, ValueError, r"model is patched already \(0 is adapted\)")
 
 
 def test_a_lazy_layer():
