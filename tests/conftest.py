@@ -53,6 +53,21 @@ def small_hypernets(monkeypatch: pytest.MonkeyPatch) -> None:
     lifecycle.small_hypernets(monkeypatch)
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A trained "direct" model and the folder it was saved in. Not to be changed."""
+    from lifecycle import patched
+    from training import adam, batches, train
+
+    import hal_kernels
+
+    model = patched(init_rank=3, interval=2, allocation="ema")
+    train(model, adam(model), batches(model, 5))
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    hal_kernels.save_adapter(model, folder)
+    return model, folder
+
+
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_memory():
     """Fill `torch.empty` and its kin with NaN: what an operator forgets to write then shows."""

@@ -2,6 +2,7 @@
 against."""
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from hal_kernels.nn.packed import Packed
@@ -41,8 +42,17 @@ def encoder_layer(body, which, tokens, kept):
     return norm(2, t + transformed(t))
 
 
+def body_of(body, which, tokens, kept, below):
+    """One of the three bodies (0: P, 1: Λ, 2: Q) on the tokens ``[r, H]`` of one matrix."""
+    if hasattr(body, "qkv_weight"):
+        tokens, kept = F.pad(tokens, (0, 0, 0, below)), F.pad(kept, (0, below))
+        return encoder_layer(body, which, tokens, kept)
+    net = body.sets[which]
+    return net(tokens) if isinstance(net[0], nn.Linear) else net(tokens[:, None])
+
+
 def generated(hypernet, layout, factors, mask, base=None):
-    """What "bert" makes of all layers' factors, without offsets."""
+    """What it makes of all layers' factors."""
     sides = layout.p.split(factors.p), layout.q.split(factors.q)
     lam, kept = factors.lam.split(layout.ranks), (mask > 0).split(layout.ranks)
     embeddings = hypernet.lam_embedding.split(layout.ranks)
@@ -60,10 +70,7 @@ def generated(hypernet, layout, factors, mask, base=None):
         # Where no direction is kept, the zeros that fill a matrix up are attended to as well.
         below = 0 if own.any() else layout.max_rank - rank
         for which, (t, out) in enumerate(zip(tokens, outputs, strict=True)):
-            t = encoder_layer(
-                hypernet.body, which, F.pad(t, (0, 0, 0, below)), F.pad(own, (0, below))
-            )
-            made[which].append(out(t[:rank]))
+            made[which].append(out(body_of(hypernet.body, which, t, own, below)[:rank]))
     p, q = (
         tuple(torch.cat([rows[i] for i in group.layers]) for group in side.groups)
         for side, rows in ((layout.p, made[0]), (layout.q, made[2]))

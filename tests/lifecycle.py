@@ -1,6 +1,7 @@
 """Shared by the tests of an adapter's life: adapters that do something, and proof of no change."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,29 @@ def predict(model: nn.Module, **inputs: Any) -> torch.Tensor:
         logits = models.logits_of(model(**(inputs or models.batch(model))))
     model.train(training)
     return logits
+
+
+class Scaled(nn.Linear):
+    """A subclass of nn.Linear with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def foreign_net():
+    model = models.net()
+    layer = Scaled(16, 24)
+    layer.load_state_dict(model.up[0].state_dict())
+    model.up[0] = layer
+    return model
+
+
+def pickled(model: nn.Module) -> Any:
+    """A copy by way of torch.save."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,12 @@ from torch import nn
 VOCABULARY = 64
 CLASSES = 3
 WIDTH = 16
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 48, "max_position_embeddings": 32, "num_labels": CLASSES,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    "problem_type": "single_label_classification",  # else the first forward settles it
+}  # fmt: skip
 
 
 class Net(nn.Module):
@@ -68,19 +74,7 @@ def bert(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -
     """A two-layer BERT sequence classifier without dropout, in training mode."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "max_position_embeddings": 32,
-        "num_labels": CLASSES,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "problem_type": "single_label_classification",  # else the first forward settles it
-    }
-    return _made(BertForSequenceClassification, BertConfig(**(sizes | options)), seed, dtype)
+    return _made(BertForSequenceClassification, BertConfig(**(SIZES | options)), seed, dtype)
 
 
 def llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -88,15 +82,10 @@ def llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        "use_cache": False,
-    }
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 32, "use_cache": False,
+    }  # fmt: skip
     return _made(LlamaForCausalLM, LlamaConfig(**(sizes | options)), seed, dtype)
 
 
@@ -105,18 +94,10 @@ def gpt2(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {
-        "vocab_size": VOCABULARY,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_positions": 32,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "use_cache": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+        "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False,
+        "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
     return _made(GPT2LMHeadModel, GPT2Config(**(sizes | options)), seed, dtype)
 
 

@@ -60,39 +60,38 @@ def plain_window(model, inputs, count, size):
 
 
 @pytest.mark.parametrize(
-    ("hypernet", "make"), [("direct", models.bert), ("bert", models.net), ("bert", models.llama)]
-)
-def test_plain_loop(hypernet, make):
-    """Gradients, penalty included; and what the allocator makes of them: averages and masks."""
+    ("hypernet", "make", "options"),
+    [
+        ("direct", models.bert, {}), ("bert", models.net, {}), ("bert", models.llama, {}),
+        *(
+            (hypernet, models.net, {"allocation": score, "init_rank": 6})
+            for hypernet in HYPERNETS for score in ("sensitivity", "magnitude")
+        ),
+    ],
+)  # fmt: skip
+def test_plain_loop(hypernet, make, options):
+    """Gradients, penalty included; and what the allocator makes of them: scores and masks.
+
+    The sensitivity is that of the whole step: dΛ_eff summed over its micro-batches.
+    """
     inputs = models.batch(make(dtype=torch.float64), 8)
     windows = [
-        plain_window(off_the_start(patched(make, hypernet)), inputs, *split) for split in SPLITS
+        plain_window(off_the_start(patched(make, hypernet, **options)), inputs, *split)
+        for split in SPLITS
     ]
     expected_gradients, expected_state, expected_mask = windows[0]
     for found, after, mask in windows[1:]:
         assert_close(found, expected_gradients, DOUBLE)
         assert_close(after, expected_state, DOUBLE)
         assert mask == expected_mask
-    model = off_the_start(patched(make, hypernet))
+    assert 0 < sum(expected_mask) < len(expected_mask)
+    model = off_the_start(patched(make, hypernet, **options))
     model.hal.config = model.hal.config.__class__(**(vars(model.hal.config) | {"gamma": 0.0}))
     without, *_ = plain_window(model, inputs, 1, 8)
     name = "hal.p_32" if hypernet == "direct" else "hal.hypernet.p_out.0.weight"
     name = name if name in without else "hal.p_16"
     share = (expected_gradients[name] - without[name]).norm() / expected_gradients[name].norm()
     assert share > 0.05, "the penalty is too small to be noticed"
-
-
-@pytest.mark.parametrize("score", ["sensitivity", "magnitude"])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_plain_loop_scores(hypernet, score):
-    """The sensitivity is that of the whole step: dΛ_eff summed over its micro-batches."""
-    inputs = models.batch(models.net(dtype=torch.float64), 8)
-    masks = []
-    for split in SPLITS:
-        model = off_the_start(patched(models.net, hypernet, allocation=score, init_rank=6))
-        masks.append(plain_window(model, inputs, *split)[2])
-    assert all(mask == masks[0] for mask in masks)
-    assert 0 < sum(masks[0]) < len(masks[0])
 
 
 # ---- a loop that hands the model num_items_in_batch --------------------------------------------

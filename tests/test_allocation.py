@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import adam, batches, budget_used, kept, train, trainable
+from training import adam, batches, budget_used, by_layer, kept, train, trainable
 
 import hal_kernels
 from hal_kernels.nn import allocation, spectral
@@ -254,17 +254,6 @@ def gradients_by_hand(model, micro_batches):
     return {name: flat[3 * i : 3 * i + 3] for i, name in enumerate(leaves)}
 
 
-def values_of(model):
-    """P rows, unmasked Λ and Q rows by layer, as the adapter stores them now."""
-    layout, packed = model.hal.layout, model.hal.packed()
-    p, q = layout.p.split(packed.p), layout.q.split(packed.q)
-    lam = packed.lam.split(layout.ranks)
-    return {
-        spec.name: tuple(t.detach().clone() for t in (p[i], lam[i], q[i]))
-        for i, spec in enumerate(layout.layers)
-    }
-
-
 # Every pair of two settings.
 SETTINGS = [
     ("direct", "sensitivity", "fixed"), ("direct", "ema", "cubic"),
@@ -281,7 +270,7 @@ def test_scores_by_hand(hypernet, method, schedule, monkeypatch):
 
     def capture(adapter):
         scores = scores_of(adapter)
-        seen["scores"], seen["values"] = scores.clone(), values_of(model)
+        seen["scores"], seen["values"] = scores.clone(), by_layer(model, model.hal.packed())
         seen["mask"] = model.hal.mask.clone()
         return scores
 

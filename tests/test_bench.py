@@ -51,10 +51,7 @@ def test_launches_are_counted_from_the_triton_implementations():
     x = torch.randn(128, 64)
     p, lam, q = torch.randn(3, 64), torch.randn(3), torch.randn(3, 64)
     found = launches.counted(lambda: svd_adapter_add(x, x, p, lam, q))
-    assert dict(found.counts) == {
-        "svd_linear: shrink_kernel": 1,
-        "svd_linear: expand_kernel": 1,
-    }
+    assert dict(found.counts) == {"svd_linear: shrink_kernel": 1, "svd_linear: expand_kernel": 1}
     assert found.syncs == 0
     assert launches.counted(lambda: (x + 1).t()[0, 0].item()).total == 1
 

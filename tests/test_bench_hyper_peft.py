@@ -6,17 +6,11 @@ from peft.tuners.lora import LoraLayer
 
 from bench import models
 from bench.methods import HYPER_PEFT, Method
-from hal_kernels.nn import hypernet
 
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 CPU, STEPS = torch.device("cpu"), 6
 BASE = models.roberta_base(layers=2, width=64, vocabulary=80, length=64)
 ROWS = {"input_ids": torch.arange(5, 37).view(4, 8), "labels": torch.tensor([0, 1, 1, 0])}
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(hypernet, "HIDDEN", 24)
-    monkeypatch.setattr(hypernet, "INNER", 32)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from finetune.tiny import write_jsonl
 
 from bench import language, quality, training_time
 from hal_finetune import evaluators
@@ -24,7 +25,7 @@ def command(tmp_path, monkeypatch):
         ("gsm8k_train", sums), ("gsm8k_test", sums), ("alpaca_8k", orders),
         ("alpaca_heldout", orders),
     ):  # fmt: skip
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
     monkeypatch.setattr(training_time, "BATCH", 2)  # of the base model's training
     for module in (quality, training_time):
         monkeypatch.setattr(module, "WINDOW", WINDOW)
@@ -109,7 +110,7 @@ def test_pass_at_1_of_a_file_of_problems(command, tmp_path, monkeypatch):
         "prompt": "def one():\n", "canonical_solution": "    return 1\n", "entry_point": "one",
         "test": "def check(candidate):\n    assert candidate() == 1\n",
     }  # fmt: skip
-    (tmp_path / "humaneval.jsonl").write_text(json.dumps(problem) + "\n")
+    write_jsonl(tmp_path / "humaneval.jsonl", [problem])
     monkeypatch.setattr(evaluators, "write_answers", lambda *a, **o: ["    return 1\n"])
     options = ("--task", "humaneval", "--method", "frozen", "--allow-code-execution")
     (row,) = command(*options)

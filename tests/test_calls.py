@@ -1,7 +1,6 @@
 """Layers that a model does not call: told of, and left out of what is merged or exported."""
 
 import json
-import warnings
 
 import models
 import peft
@@ -117,14 +116,13 @@ def blocks():
 
 
 def test_a_layer_that_had_no_turn_yet():
+    """Nothing is said: pytest makes errors of our warnings."""
     found = blocks()
     optimizer = adam(found, 1e-2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train(found, optimizer, batches())
-        assert found.hal.never_called.tolist() == [False, False, True, True]
-        found.skips = False
-        train(found, optimizer, batches())
+    train(found, optimizer, batches())
+    assert found.hal.never_called.tolist() == [False, False, True, True]
+    found.skips = False
+    train(found, optimizer, batches())
     assert not found.hal.never_called.any()
     expected = output(found)
     torch.testing.assert_close(output(hal_kernels.merge(found)), expected)
@@ -137,10 +135,8 @@ def test_a_layer_that_had_its_turn_before_a_resume(tmp_path):
     train(found, adam(found, 1e-2), batches())
     hal_kernels.save_adapter(found, tmp_path)
     again = hal_kernels.load_adapter(blocks(), tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(PATIENCE + 1):
-            train(again, adam(again, 1e-2), [next(batches())])
+    for _ in range(PATIENCE + 1):
+        train(again, adam(again, 1e-2), [next(batches())])
     assert not again.hal.never_called.any()
 
 
@@ -154,9 +150,7 @@ def test_a_member_of_a_list_that_had_no_turn_yet():
 
     experts = nn.ModuleList(nn.Linear(models.WIDTH, models.WIDTH) for _ in range(2))
     found = hal_kernels.patch_model(Experts(experts=experts), 2, hypernet="direct")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train(found, adam(found), batches())
+    train(found, adam(found), batches())
     assert found.hal.never_called.tolist() == [False, True]
 
 

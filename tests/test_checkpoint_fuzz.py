@@ -7,7 +7,7 @@ import random
 import models
 import pytest
 import torch
-from lifecycle import patched, small_hypernets, unchanged
+from lifecycle import patched, unchanged
 from safetensors.torch import load, save
 from training import adam, batches, train
 
@@ -56,8 +56,7 @@ def damaged(header, tensors, chance):
 
 
 @pytest.mark.parametrize("options", [{"allocation": "ema"}, {"hypernet": "bert"}])
-def test_random_damage(options, tmp_path, monkeypatch):
-    small_hypernets(monkeypatch)
+def test_random_damage(options, tmp_path, small_hypernets):
     model = patched(init_rank=3, rank_pattern={"up.0": 4}, **options)
     train(model, adam(model), batches(model, 2))
     hal_kernels.save_adapter(model, tmp_path)

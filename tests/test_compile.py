@@ -8,15 +8,7 @@ import models
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from training import (
-    adam,
-    assert_close,
-    batches,
-    budget_used,
-    gradients,
-    kept,
-    state,
-)
+from training import adam, assert_close, batches, budget_used, gradients, kept, state
 
 import hal_kernels
 

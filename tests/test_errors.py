@@ -91,15 +91,11 @@ OPTIONS = [
     ("skip_nonfinite", "no", TypeError, r"skip_nonfinite is 'no', expected (a )?bool"),
 ]
 
+OTHERS = ({"hypernet": "mlp"}, {"hypernet": "cnn"}, {"hypernet": "direct"}, {"update": "spectral"})
 TOGETHER = [
     *(
         (options | {"hidden": 64}, r"hidden is 64, expected None with hypernet='(mlp|cnn|direct)'")
-        for options in (
-            {"hypernet": "mlp"},
-            {"hypernet": "cnn"},
-            {"hypernet": "direct"},
-            {"update": "spectral"},
-        )
+        for options in OTHERS
     ),
     ({"schedule": "cubic"}, r"total_step is None, expected a number of steps \(schedule="),
     (
@@ -167,46 +163,36 @@ def test_model_is_no_module(name, value):
         ALL[name](value)
 
 
-@pytest.mark.parametrize("name", PATCHED)
-def test_model_is_not_patched(name):
-    model = models.net()
-    message = r"model is not patched: call hal_kernels\.patch_model\(model\) first"
-    with unchanged(model), pytest.raises(ValueError, match=message):
-        PATCHED[name](model)
-
-
-@pytest.mark.parametrize("name", PATCHED)
-def test_model_is_merged(name):
-    model = hk.merge(patched())
-    message = r"model is merged: call hal_kernels\.unmerge\(model\) first"
-    with unchanged(model), pytest.raises(ValueError, match=message):
-        PATCHED[name](model)
-
-
-@pytest.mark.parametrize("name", PATCHED)
-def test_model_holds_two_adapters(name):
+def two_adapters():
     """Acting on the first one found would leave out the other without a word."""
-    model = nn.ModuleDict({"left": patched(), "right": patched()})
-    with unchanged(model), pytest.raises(ValueError, match=r"left.*right"):
+    return nn.ModuleDict({"left": patched(), "right": patched()})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (models.net, r"model is not patched: call hal_kernels\.patch_model\(model\) first"),
+        (lambda: hk.merge(patched()), r"model is merged: call hal_kernels\.unmerge\(model\) first"),
+        (two_adapters, r"left.*right"),
+    ],
+)
+@pytest.mark.parametrize("name", PATCHED)
+def test_model_without_its_one_adapter(name, make, message):
+    model = make()
+    with unchanged(model), pytest.raises(ValueError, match=message):
         PATCHED[name](model)
 
 
 @pytest.mark.parametrize("name", ["save_adapter", "load_adapter", "export_lora"])
-@pytest.mark.parametrize("path", [None, 3, ["a"], b"a"])
-def test_path_is_no_path(name, path):
+def test_path_is_no_path(name):
     model = patched()
-    message = rf"(?i)path.*{type(path).__name__}"
-    with unchanged(model), pytest.raises(TypeError, match=message):
-        getattr(hk, name)(model, path)
-
-
-@pytest.mark.parametrize("name", ["save_adapter", "load_adapter", "export_lora"])
-@pytest.mark.parametrize("path", ["", "a\0b"])
-def test_path_of_nothing(name, path):
-    model = patched()
-    message = r"path is '(a\\x00b)?', expected a folder's path \('\.' is the current folder\)"
-    with unchanged(model), pytest.raises(ValueError, match=message):
-        getattr(hk, name)(model, path)
+    nothing = r"path is '(a\\x00b)?', expected a folder's path \('\.' is the current folder\)"
+    for path, error, message in (
+        *((path, TypeError, f"(?i)path.*{type(path).__name__}") for path in (None, 3, ["a"], b"a")),
+        *((path, ValueError, nothing) for path in ("", "a\0b")),
+    ):
+        with unchanged(model), pytest.raises(error, match=message):
+            getattr(hk, name)(model, path)
 
 
 def test_export_names():
@@ -226,50 +212,38 @@ def test_load_from_nowhere(tmp_path):
 # -- patch_model -----------------------------------------------------------------------------------
 
 PATCHING = [
+    ({"gama": 1}, TypeError, r"'gama' \(did you mean 'gamma'\?\); it has r"),
     (
-        lambda m: hk.patch_model(m, gama=1),
-        TypeError,
-        r"'gama' \(did you mean 'gamma'\?\); it has r",
-    ),
-    (
-        lambda m: hk.patch_model(m, r=4, lora_alpha=8, xyz=1),
-        TypeError,
+        {"r": 4, "lora_alpha": 8, "xyz": 1}, TypeError,
         r"'lora_alpha' \(did you mean 'alpha'\?\), 'r' \(did you mean 'rank'\?\), 'xyz'; it has",
     ),
     (
-        lambda m: hk.patch_model(m, targets="0"),
-        ValueError,
+        {"targets": "0"}, ValueError,
         r"targets is '0': .* matches all of its name; did you mean the list \['0'\]",
     ),
-    (lambda m: hk.patch_model(m, config={}), TypeError, r"config is a dict, expected HALConfig"),
+    ({"config": {}}, TypeError, r"config is a dict, expected HALConfig"),
+    ({"rank": 4, "config": hk.HALConfig()}, ValueError, r"config comes with rank or other options"),
+    ({"alpha": 2.0, "config": hk.HALConfig()}, ValueError, r"config comes with rank or other opt"),
+    ({"rank": 17}, ValueError, r"rank is 17, expected at most 16 \(the"),
     (
-        lambda m: hk.patch_model(m, 4, config=hk.HALConfig()),
-        ValueError,
-        r"config comes with rank or other options",
-    ),
-    (
-        lambda m: hk.patch_model(m, config=hk.HALConfig(), alpha=2.0),
-        ValueError,
-        r"config comes with rank or other options",
-    ),
-    (lambda m: hk.patch_model(m, 17), ValueError, r"rank is 17, expected at most 16 \(the"),
-    (
-        lambda m: hk.patch_model(m, 3, init_rank=17),
-        ValueError,
+        {"init_rank": 17}, ValueError,
         r"init_rank is 17, expected at most 16 \(the narrower side of the largest",
     ),
-    (lambda m: hk.patch_model(m.up[0]), ValueError, r"no linear layer of Linear matches"),
-    (lambda m: hk.patch_model(nn.ReLU()), ValueError, r"no linear layer of ReLU matches"),
-    (lambda m: hk.patch_model(m, targets=["x"]), ValueError, r"targets: 'x' matches no module"),
-    (lambda m: hk.patch_model(m, targets="up"), TypeError, r"'up' is a ModuleList, expected a lin"),
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("call", "error", "message"), PATCHING)
-def test_patching(call, error, message):
+@pytest.mark.parametrize(("options", "error", "message"), PATCHING)
+def test_patching(options, error, message):
     model = models.net()
     with unchanged(model), pytest.raises(error, match=message):
-        call(model)
+        hk.patch_model(model, **options)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(16, 24), nn.ReLU()], ids=str)
+def test_patching_of_what_holds_no_linear_layer(model):
+    message = rf"no linear layer of {type(model).__name__} matches"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        hk.patch_model(model)
 
 
 # -- HALConfig -------------------------------------------------------------------------------------
@@ -278,18 +252,16 @@ CONFIGS = [
     (lambda: hk.HALConfig(3), TypeError, r"positional argument"),
     (lambda: hk.HALConfig(rnk=3), TypeError, r"rnk"),
     (
-        lambda: hk.HALConfig.from_dict({"rnk": 3}),
-        ValueError,
+        lambda: hk.HALConfig.from_dict({"rnk": 3}), ValueError,
         r"unknown options: 'rnk' \(did you mean 'ra",
     ),
     (lambda: hk.HALConfig.from_dict({"dtype": "int4"}), ValueError, r"dtype is 'int4', expect"),
     (lambda: hk.HALConfig.from_dict({"rank": "3"}), TypeError, r"rank is '3', expected an int"),
     (
-        lambda: hk.HALConfig(rank=9).for_layers({"a": 8, "b": 2}),
-        ValueError,
+        lambda: hk.HALConfig(rank=9).for_layers({"a": 8, "b": 2}), ValueError,
         r"rank is 9, expected at most 8 \(the narrower side of the largest adapted layer\)",
     ),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "error", "message"), CONFIGS)

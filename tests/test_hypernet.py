@@ -4,17 +4,9 @@ import lifecycle
 import models
 import pytest
 import torch
-from hypernet_reference import encoder_layer
+from hypernet_reference import generated
 from torch import nn
-from training import (
-    adam,
-    assert_equal,
-    batches,
-    gradients,
-    state,
-    train,
-    trainable,
-)
+from training import adam, assert_equal, batches, by_layer, gradients, state, train, trainable
 
 import hal_kernels
 
@@ -137,56 +129,6 @@ def test_training_lowers_the_loss(hypernet, update):
 # ---- update rules, by hand ---------------------------------------------------------------------
 
 
-def body_of(hypernet, which, tokens, mask):
-    """One of the three bodies (0: P, 1: Λ, 2: Q) on the tokens ``[r, H]`` of one matrix."""
-    body = hypernet.body
-    if hasattr(body, "qkv_weight"):
-        return encoder_layer(body, which, tokens, mask > 0)
-    net = body.sets[which]
-    return net(tokens) if isinstance(net[0], nn.Linear) else net(tokens[:, None])
-
-
-def generated_by_hand(model):
-    """factors_{i+1} of every layer from its own factors_i, one layer after the other."""
-    adapter, layout = model.hal, model.hal.layout
-    hypernet, update = adapter.hypernet, adapter.config.update
-    widths = [[g.width for g in side.groups] for side in (layout.p, layout.q)]
-
-    def by_layer(prefix):
-        packed = adapter.packed(prefix)
-        sides = layout.p.split(packed.p), packed.lam.split(layout.ranks), layout.q.split(packed.q)
-        return list(zip(*sides, strict=True))
-
-    state_i = by_layer("")
-    base = by_layer("anchor_") if update == "anchor" else state_i
-    masks = adapter.mask.split(layout.ranks)
-    embeddings = hypernet.lam_embedding.split(layout.ranks)
-    for index, spec in enumerate(layout.layers):
-        p, lam, q = state_i[index]
-        which_p, which_q = widths[0].index(spec.d_in), widths[1].index(spec.d_out)
-        tokens = (
-            hypernet.p_in[which_p](p),
-            hypernet.lam_in(lam[:, None]) + embeddings[index],
-            hypernet.q_in[which_q](q),
-        )
-        body = [body_of(hypernet, k, t, masks[index]) for k, t in enumerate(tokens)]
-        out = (
-            hypernet.p_out[which_p](body[0]),
-            hypernet.lam_out(body[1])[:, 0],
-            hypernet.q_out[which_q](body[2]),
-        )
-        if update != "replace":
-            out = tuple(b + o for b, o in zip(base[index], out, strict=True))
-        yield spec.name, out
-
-
-def unpacked(model, packed):
-    layout = model.hal.layout
-    p, q = layout.p.split(packed.p), layout.q.split(packed.q)
-    lam = packed.lam.split(layout.ranks)
-    return {spec.name: (p[i], lam[i], q[i]) for i, spec in enumerate(layout.layers)}
-
-
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("hypernet, norm_first", ORDERS)
 def test_update_rule(hypernet, norm_first, update):
@@ -196,18 +138,21 @@ def test_update_rule(hypernet, norm_first, update):
         norm_first=norm_first, dtype=torch.float64, interval=1, prune_per_interval=1,
     )  # fmt: skip
     optimizer = adam(model)
+    adapter = model.hal
     for inputs in batches(model, 4):
+        base = {"anchor": "anchor_", "residual": ""}.get(update)
+        base = None if base is None else adapter.packed(base)
         with torch.no_grad():
-            expected = dict(generated_by_hand(model))
+            made = generated(adapter.hypernet, adapter.layout, adapter.packed(), adapter.mask, base)
+        expected = by_layer(model, made)
         for name, f in hal_kernels.factors(model).items():
             for found, by_hand in zip((f.p.t(), f.lam, f.q), expected[name], strict=True):
                 torch.testing.assert_close(found, by_hand, rtol=1e-9, atol=1e-12)
         train(model, optimizer, [inputs])
         # what this step's forward used, detached, is the state now
-        after = unpacked(model, model.hal.packed())
-        for name, by_hand in expected.items():
-            for found, value in zip(after[name], by_hand, strict=True):
-                assert not found.requires_grad
+        assert not any(t.requires_grad for t in adapter.packed().tensors())
+        for name, after in by_layer(model, adapter.packed()).items():
+            for found, value in zip(after, expected[name], strict=True):
                 torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-12)
 
 

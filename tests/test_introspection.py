@@ -3,7 +3,7 @@
 import models
 import pytest
 import torch
-from lifecycle import HYPERNETS, patched, predict, prune, prune_layer, unchanged
+from lifecycle import HYPERNETS, patched, predict, prune, prune_layer
 from torch import nn
 from torch.nn import functional as F
 from training import adam, assert_equal, batches, state, train, trainable
@@ -55,28 +55,6 @@ def test_direct_factors_can_be_set_in_place():
     others = {n: g.lam.clone() for n, g in factors(model).items()}
     assert not others.pop("down.0").any() and all(lam.any() for lam in others.values())
     assert not torch.equal(predict(model), before)
-
-
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_looking_changes_nothing(hypernet):
-    model, twin = patched(hypernet=hypernet), patched(hypernet=hypernet)
-    optimizers = adam(model, 1e-3), adam(twin, 1e-3)
-    for inputs in batches(model, 3):
-        for each, optimizer in zip((model, twin), optimizers, strict=True):
-            models.loss_of(each(**inputs)).backward()
-            if each is model:
-                with unchanged(model):
-                    factors(model), rank_pattern(model), penalty(model)
-            optimizer.step()
-            optimizer.zero_grad()
-    assert_equal(state(model), state(twin))
-
-
-def test_factors_follow_training():
-    model = patched(hypernet="bert")
-    before = factors(model)["up.0"].lam.clone()
-    train(model, adam(model, 1e-2), batches(model, 1))
-    assert not torch.equal(factors(model)["up.0"].lam, before)
 
 
 @pytest.mark.parametrize(
@@ -169,33 +147,6 @@ def test_penalty_is_the_formula(kind, hypernet):
         torch.testing.assert_close(penalty(model), expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("hypernet", ["direct", "bert"])
-def test_a_loss_outside_the_model(hypernet):
-    """gamma·penalty added by hand trains as the one that the model adds."""
-
-    class Logits(models.Net):
-        def forward(self, x):
-            return self.classifier(self.features(x))
-
-    torch.manual_seed(0)
-    bare = Logits()
-    inside = models.Net()
-    inside.load_state_dict(bare.state_dict())
-    for model in (bare.double(), inside.double()):
-        patched(model, hypernet=hypernet, gamma=0.5, dtype=torch.float64)
-    data = batches(inside, 3)
-    optimizer, other = (torch.optim.SGD(trainable(m), lr=1e-3) for m in (bare, inside))
-    for inputs in data:
-        loss = F.cross_entropy(bare(inputs["x"]), inputs["labels"]) + penalty(bare)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    train(inside, other, data)
-    assert bare.hal.steps == 3
-    for (name, left), right in zip(state(bare).items(), state(inside).values(), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12, msg=name)
-
-
 def test_penalty_alone_orthogonalises():
     model = patched(gamma=1.0)
     optimizer = torch.optim.Adam(model.hal.parameters(), lr=0.02)
@@ -230,20 +181,6 @@ def test_step_for_a_foreign_optimizer(hypernet):
         model.zero_grad()
     train(twin, torch.optim.SGD(trainable(twin), lr=1e-3), data)
     assert model.hal.steps == 5 and not model.hal.mask.all()
-    assert_equal(state(model), state(twin))
-
-
-def test_step_after_a_torch_optimizer_does_nothing():
-    model, twin = patched(hypernet="bert", interval=1), patched(hypernet="bert", interval=1)
-    optimizers = adam(model, 1e-3), adam(twin, 1e-3)
-    for inputs in batches(model, 3):
-        for each, optimizer in zip((model, twin), optimizers, strict=True):
-            models.loss_of(each(**inputs)).backward()
-            optimizer.step()
-            if each is model:
-                step(model)
-            optimizer.zero_grad()
-    assert model.hal.steps == 3
     assert_equal(state(model), state(twin))
 
 

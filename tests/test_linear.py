@@ -1,10 +1,10 @@
 """HALLinear by itself, without a patched model."""
 
 import copy
-import io
 
 import pytest
 import torch
+from lifecycle import pickled
 from torch import nn
 from torch.nn import functional as F
 
@@ -124,10 +124,7 @@ def test_state_dict_round_trip():
     made, other = layer(), layer()
     made.mask[2] = 0
     assert list(made.state_dict()) == ["weight", "bias", "p", "lam", "q", "mask"]
-    buffer = io.BytesIO()
-    torch.save(made.state_dict(), buffer)
-    buffer.seek(0)
-    other.load_state_dict(torch.load(buffer))
+    other.load_state_dict(pickled(made.state_dict()))
     x = torch.randn(3, 12, dtype=torch.float64)
     assert torch.equal(other(x), made(x))
 
@@ -142,10 +139,7 @@ def test_weights_of_a_plain_layer_load_into_it():
 
 def test_copies():
     made, x = layer(), torch.randn(3, 12, dtype=torch.float64)
-    buffer = io.BytesIO()
-    torch.save(made, buffer)
-    buffer.seek(0)
-    for twin in (copy.deepcopy(made), torch.load(buffer, weights_only=False)):
+    for twin in (copy.deepcopy(made), pickled(made)):
         assert type(twin) is HALLinear and torch.equal(twin(x), made(x))
         twin.lam.data.add_(1.0)
         assert not torch.equal(twin(x), made(x))

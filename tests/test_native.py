@@ -360,69 +360,45 @@ def test_narrower_instruction_sets():
 
 # ---- arguments that the public functions would not let through --------------------------------
 
-GOOD, WEIGHT, PLAIN = adapter(3, 4, 5, 2), torch.ones(5, 4), (1.0, 0.0, None)
+(Y, X, P, LAM, Q), WEIGHT, PLAIN = adapter(3, 4, 5, 2), torch.ones(5, 4), (1.0, 0.0, None)
+TWO, BACK = [[WEIGHT] * 2, [Y[0]] * 2, [P] * 2, [LAM] * 2, [Q] * 2], (*PLAIN, 0.0, True, True)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda y, x, p, lam, q: added(y, x, p[:, 1:], lam, q, *PLAIN),
-        lambda y, x, p, lam, q: added(y, x, p, lam[1:], q, *PLAIN),
-        lambda y, x, p, lam, q: added(y, x, p, lam, q[1:], *PLAIN),
-        lambda y, x, p, lam, q: added(y, x[1:], p, lam, q, *PLAIN),
-        lambda y, x, p, lam, q: added(y.long(), x.long(), p, lam, q, *PLAIN),
-        lambda y, x, p, lam, q: added(y, x.double(), p, lam, q, *PLAIN),
-        lambda y, x, p, lam, q: added(y, x, p, lam, q, 1.0, 0.5, torch.ones(1)),
-        lambda y, x, p, lam, q: HAL.svd_linear(x, q, None, p, lam, q, *PLAIN),
-        lambda y, x, p, lam, q: HAL.svd_linear(x, WEIGHT, torch.ones(4), p, lam, q, *PLAIN),
-        lambda y, x, p, lam, q: HAL.svd_linear(x, None, None, p, lam, q, *PLAIN),
-        lambda y, x, p, lam, q: HAL.svd_linear(x, None, y[0], p, lam, q, *PLAIN),
-        lambda y, x, p, lam, q: HAL.svd_linear_backward(
-            y, x, torch.ones(2, 2), WEIGHT, p, lam, q, *PLAIN, 0.0, True, True
+        (HAL.svd_linear, X, None, Y, P[:, 1:], LAM, Q, *PLAIN),
+        (HAL.svd_linear, X, None, Y, P, LAM[1:], Q, *PLAIN),
+        (HAL.svd_linear, X, None, Y, P, LAM, Q[1:], *PLAIN),
+        (HAL.svd_linear, X[1:], None, Y, P, LAM, Q, *PLAIN),
+        (HAL.svd_linear, X.long(), None, Y.long(), P, LAM, Q, *PLAIN),
+        (HAL.svd_linear, X.double(), None, Y, P, LAM, Q, *PLAIN),
+        (HAL.svd_linear, X, None, Y, P, LAM, Q, 1.0, 0.5, torch.ones(1)),
+        (HAL.svd_linear, Y[0, 0], None, Y, P, LAM, Q, *PLAIN),
+        (HAL.svd_linear, X, Q, None, P, LAM, Q, *PLAIN),
+        (HAL.svd_linear, X, WEIGHT, torch.ones(4), P, LAM, Q, *PLAIN),
+        (HAL.svd_linear, X, None, None, P, LAM, Q, *PLAIN),
+        (HAL.svd_linear, X, None, Y[0], P, LAM, Q, *PLAIN),
+        (HAL.svd_linear_backward, Y, X, torch.ones(2, 2), WEIGHT, P, LAM, Q, *BACK),
+        (HAL.svd_linear_backward, Y[1:], X, torch.ones(3, 2), WEIGHT, P, LAM, Q, *BACK),
+        (HAL.svd_linear_group, X, [], [], [], [], [], *PLAIN),
+        (HAL.svd_linear_group, X, *TWO[:4], [Q], *PLAIN),
+        (HAL.svd_linear_group, X, *TWO[:2], [P, P.double()], *TWO[3:], *PLAIN),
+        (
+            HAL.svd_linear_group_backward, [Y, None], X, torch.ones(3, 2), TWO[0], *TWO[2:], *BACK
         ),
-        lambda y, x, p, lam, q: HAL.svd_linear_backward(
-            y[1:], x, torch.ones(3, 2), WEIGHT, p, lam, q, *PLAIN, 0.0, True, True
-        ),
-        lambda y, x, p, lam, q: HAL.svd_linear_group(x, [], [], [], [], [], *PLAIN),
-        lambda y, x, p, lam, q: HAL.svd_linear_group(
-            x, [WEIGHT] * 2, [y[0]] * 2, [p] * 2, [lam] * 2, [q], *PLAIN
-        ),
-        lambda y, x, p, lam, q: HAL.svd_linear_group(
-            x, [WEIGHT] * 2, [y[0]] * 2, [p, p.double()], [lam] * 2, [q] * 2, *PLAIN
-        ),
-        lambda y, x, p, lam, q: HAL.svd_linear_group_backward(
-            [y, None],
-            x,
-            torch.ones(3, 2),
-            [WEIGHT] * 2,
-            [p] * 2,
-            [lam] * 2,
-            [q] * 2,
-            *PLAIN,
-            0.0,
-            True,
-            True,
-        ),
-        lambda y, x, p, lam, q: added(y, y[0, 0], p, lam, q, *PLAIN),
-        lambda *_: HAL.orthogonality_penalty(
-            [torch.ones(4, 3)], [torch.tensor([0, 5])], [5], True, 1.0
-        ),
-        lambda *_: HAL.orthogonality_penalty(
-            [torch.ones(4, 3)], [torch.tensor([0, 3, 2])], [3], True, 1.0
-        ),
-        lambda *_: HAL.orthogonality_penalty(
-            [torch.ones(4, 3)], [torch.tensor([0, 4])], [3], True, 1.0
-        ),
-        lambda *_: HAL.orthogonality_penalty(
-            [torch.ones(4, 3)], [torch.tensor([0.0, 4.0])], [4], True, 1.0
-        ),
-        lambda *_: HAL.orthogonality_penalty([torch.ones(4, 3)], [], [4], True, 1.0),
+        (HAL.orthogonality_penalty, [torch.ones(4, 3)], [torch.tensor([0, 5])], [5], True, 1.0),
+        (HAL.orthogonality_penalty, [torch.ones(4, 3)], [torch.tensor([0, 3, 2])], [3], True, 1.0),
+        (HAL.orthogonality_penalty, [torch.ones(4, 3)], [torch.tensor([0, 4])], [3], True, 1.0),
+        (HAL.orthogonality_penalty, [torch.ones(4, 3)], [torch.tensor([0.0, 4])], [4], True, 1.0),
+        (HAL.orthogonality_penalty, [torch.ones(4, 3)], [], [4], True, 1.0),
     ],
-)
+)  # fmt: skip
 def test_arguments_that_do_not_fit_are_errors(call):
     """Never a read or write outside of a tensor."""
+    operator, *arguments = call
     with pytest.raises(RuntimeError):
-        call(*GOOD)
+        operator(*arguments)
 
 
 # ---- the binary ------------------------------------------------------------------------------

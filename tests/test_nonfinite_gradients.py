@@ -7,16 +7,7 @@ import models
 import pytest
 import torch
 from pruning import BUDGET, CUBIC, HYPERNETS, LAST_ALLOCATION, patched_net
-from training import (
-    adam,
-    assert_equal,
-    batches,
-    budget_used,
-    kept,
-    state,
-    train,
-    trainable,
-)
+from training import adam, assert_equal, batches, budget_used, kept, state, train, trainable
 
 import hal_kernels
 

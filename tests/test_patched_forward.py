@@ -3,7 +3,6 @@
 import collections
 import copy
 import dataclasses
-import io
 import subprocess
 import sys
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 import models
 import pytest
 import torch
-from lifecycle import HYPERNETS, patched, predict, small_hypernets, stir, unchanged
+from lifecycle import HYPERNETS, foreign_net, patched, pickled, predict, unchanged
 from torch import nn
 from torch.nn import functional as F
-from training import adam, assert_equal, batches, state, train
+from training import adam, assert_close, assert_equal, batches, gradients, train
 
 import hal_kernels
+
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 # -- the loss a forward returns --------------------------------------------------------------------
 
@@ -70,10 +71,12 @@ class Returning(models.Net):
         return self.wrap(loss, logits)
 
 
-@pytest.mark.parametrize("kind", RETURNS)
-def test_penalty_is_added_in_training_and_nowhere_else(kind):
+@pytest.mark.parametrize(
+    ("kind", "hypernet"), [*((kind, "direct") for kind in RETURNS), ("ModelOutput", "bert")]
+)
+def test_penalty_is_added_in_training_and_nowhere_else(kind, hypernet):
     wrap, parts = RETURNS[kind]
-    model = patched(Returning(wrap), gamma=0.5)
+    model = patched(Returning(wrap), hypernet=hypernet, gamma=0.5)
     inputs = models.batch(models.net())
     plain, term = model.eval()(**inputs), hal_kernels.penalty(model)
     assert term > 0.01
@@ -87,10 +90,10 @@ def test_penalty_is_added_in_training_and_nowhere_else(kind):
     torch.testing.assert_close(loss, expected + term)
     assert logits is None or torch.equal(same, logits)
     loss.backward()
-    found = model.hal.p_16.grad.clone()
+    found = gradients(model)
     model.zero_grad()
     (parts(model.eval()(**inputs))[0] + hal_kernels.penalty(model)).backward()
-    torch.testing.assert_close(found, model.hal.p_16.grad)
+    assert_close(found, gradients(model), 1e-5)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("wrap", [lambda a, b: b, lambda a, b: {"logits": b}, lambda a, b: (b, b)])
@@ -122,31 +125,6 @@ def test_gamma_zero_adds_nothing():
     assert hal_kernels.penalty(model) == 0
 
 
-def test_an_error_inside_the_model_leaves_it_usable():
-    model = patched()
-    expected = model(**models.batch(model))["loss"]
-    with pytest.raises(ValueError, match="x has shape"):
-        model(torch.randn(2, 99))
-    assert torch.equal(model(**models.batch(model))["loss"], expected)
-    assert model.hal._pass.live is None
-
-
-def test_an_error_in_a_hook_that_runs_first_leaves_it_usable():
-    model, armed = models.net(), [True]
-
-    def hook(module, args):
-        if armed:
-            raise RuntimeError("not yet")
-
-    model.register_forward_pre_hook(hook)
-    patched(model)
-    with pytest.raises(RuntimeError, match="not yet"):
-        model(**models.batch(model))
-    armed.clear()
-    model(**models.batch(model))
-    assert model.hal._pass.live is None, "factors of a finished pass are still in use"
-
-
 # -- dtypes and modes ------------------------------------------------------------------------------
 
 
@@ -165,8 +143,7 @@ def test_base_and_factors_of_any_dtype(base, factors):
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_bf16_adapter_of_every_kind_trains(hypernet, monkeypatch):
-    small_hypernets(monkeypatch)
+def test_bf16_adapter_of_every_kind_trains(hypernet):
     model = patched(models.net(dtype=torch.bfloat16), hypernet=hypernet, dtype=torch.bfloat16)
     train(model, adam(model, 1e-3), batches(model, 3))
     assert model.hal.steps == 3
@@ -175,8 +152,7 @@ def test_bf16_adapter_of_every_kind_trains(hypernet, monkeypatch):
 
 @pytest.mark.parametrize("hypernet", ["direct", "bert"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_to_another_dtype(hypernet, dtype, monkeypatch):
-    small_hypernets(monkeypatch)
+def test_to_another_dtype(hypernet, dtype):
     model = patched(hypernet=hypernet)
     expected = predict(model)
     assert model.to(dtype) is model
@@ -216,36 +192,23 @@ def test_inference_mode_and_training_mix():
 # -- copies ----------------------------------------------------------------------------------------
 
 
-class Scaled(nn.Linear):
-    """A subclass of nn.Linear with a forward of its own."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def foreign_net():
-    model = models.net()
-    layer = Scaled(16, 24)
-    layer.load_state_dict(model.up[0].state_dict())
-    model.up[0] = layer
-    return model
-
-
-def pickled(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled}
 MODELS = {"linear": models.net, "conv1d": models.gpt2, "foreign": foreign_net}
 
 
 @pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_copy_is_a_model_of_its_own(way, kind):
-    model = patched(MODELS[kind](), init_rank=3, interval=2)
+@pytest.mark.parametrize(
+    ("kind", "hypernet"),
+    [
+        *((kind, "direct") for kind in MODELS),
+        ("linear", "bert"),
+        ("linear", "mlp"),
+        ("linear", "cnn"),
+    ],
+)
+def test_a_copy_is_a_model_of_its_own(way, kind, hypernet):
+    options = {"init_rank": 3, "interval": 2, "hypernet": hypernet, "allocation": "ema"}
+    model = patched(MODELS[kind](), **options)
     optimizer = adam(model)
     train(model, optimizer, batches(model, 2))
     twin = COPIES[way](model)
@@ -260,18 +223,6 @@ def test_a_copy_is_a_model_of_its_own(way, kind):
     assert_equal(dict(model.state_dict()), frozen)
     assert train(model, optimizer, data) == losses
     assert_equal(twin.state_dict(), model.state_dict())
-
-
-@pytest.mark.parametrize("hypernet", ["bert", "mlp", "cnn"])
-def test_a_copy_with_a_hypernetwork(hypernet, monkeypatch):
-    small_hypernets(monkeypatch)
-    model = patched(hypernet=hypernet, allocation="ema")
-    train(model, adam(model), batches(model, 2))
-    for way in COPIES.values():
-        twin = way(model)
-        assert torch.equal(predict(twin), predict(model))
-        train(twin, adam(twin), batches(twin, 2))
-        assert twin.hal.steps == 4 and model.hal.steps == 2
 
 
 def test_a_copy_can_be_merged_without_the_original():
@@ -326,33 +277,6 @@ def test_a_patched_model_inside_sequential():
     assert body.hal.lam.grad.any()
 
 
-def test_two_patched_models_in_one_step_each_advance_once():
-    left, right = patched(interval=5), patched(hypernet="bert", interval=5)
-    both = torch.optim.AdamW([*left.hal.parameters(), *right.hal.parameters()], lr=1e-3)
-    for _ in range(2):
-        loss = left(**models.batch(left))["loss"] + right(**models.batch(right))["loss"]
-        loss.backward()
-        both.step()
-        both.zero_grad()
-    assert left.hal.steps == right.hal.steps == 2
-
-
-def test_distributed_data_parallel_of_one_process(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        model, alone = patched(init_rank=3, interval=2), patched(init_rank=3, interval=2)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        data = batches(model, 5)
-        losses = train(parallel, adam(parallel), data)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert losses == train(alone, adam(alone), data)
-    assert_equal(state(model), state(alone))
-    assert hal_kernels.rank_pattern(parallel) == hal_kernels.rank_pattern(alone)
-
-
 def test_a_model_that_is_data_parallel_already_is_refused(tmp_path):
     """Its gradient buckets were made before: the adapter would not be synchronised."""
     torch.distributed.init_process_group(
@@ -373,8 +297,7 @@ def test_a_model_that_is_data_parallel_already_is_refused(tmp_path):
     ("hypernet", "allocation"),
     [(None, "sensitivity"), ("direct", "ema"), ("bert", "ema"), ("mlp", "sensitivity")],
 )
-def test_state_dict_carries_the_training_state(hypernet, allocation, monkeypatch):
-    small_hypernets(monkeypatch)
+def test_state_dict_carries_the_training_state(hypernet, allocation):
     options = {"hypernet": hypernet, "allocation": allocation, "init_rank": 3, "interval": 2}
     model = patched(**options)
     optimizer = adam(model, 1e-3)
@@ -392,16 +315,6 @@ def test_state_dict_carries_the_training_state(hypernet, allocation, monkeypatch
     assert resumed.hal.steps == 5
     assert train(resumed, again, data) == losses
     assert_equal(resumed.state_dict(), model.state_dict())
-
-
-def test_loading_a_state_dict_is_seen_by_the_next_forward():
-    model, other = patched(hypernet="bert"), patched(hypernet="bert")
-    stir(other, seed=3)
-    with torch.no_grad():
-        other.hal.hypernet.lam_out.weight.add_(0.5)
-    predict(model)
-    model.load_state_dict(other.state_dict())
-    assert torch.equal(predict(model), predict(other))
 
 
 def test_state_dict_of_another_shape_is_refused():

@@ -15,29 +15,53 @@ def refuse(model, error, message, **options):
         patch_model(model, **options)
 
 
-def test_meta_weights_are_refused():
-    with torch.device("meta"):
-        model = models.Net()
-    refuse(model, ValueError, r"'up\.0' is on the meta device; load the weights before patching")
+def changed(change):
+    """A net after `change`."""
+
+    def make():
+        model = models.net()
+        change(model)
+        return model
+
+    return make
 
 
-def test_cpu_and_meta_weights_are_refused():
-    model = models.net()
-    model.down[1].to("meta")
-    refuse(model, ValueError, r"'down\.1' is on the meta device")
+def own_forward(model):
+    layer = model.down[1]
+    layer.forward = lambda x: F.linear(x, layer.weight)
 
 
-def test_several_devices_are_refused():
+def elsewhere(model):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = models.net()
     with FakeTensorMode():
-        elsewhere = torch.empty(24, 16, device="cuda")
-    model.up[1].weight = nn.Parameter(elsewhere, requires_grad=False)
-    refuse(model, ValueError, r"several devices, \['cpu', 'cuda:0'\]")
+        weight = torch.empty(24, 16, device="cuda")
+    model.up[1].weight = nn.Parameter(weight, requires_grad=False)
 
 
-def test_lazy_layer_is_refused():
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (changed(lambda m: m.to("meta")), r"'up\.0' is on the meta device; load the weights"),
+        (changed(lambda m: m.down[1].to("meta")), r"'down\.1' is on the meta device"),
+        (changed(elsewhere), r"several devices, \['cpu', 'cuda:0'\]"),
+        (changed(own_forward), r"'down\.1' has a forward function of its own"),
+        (changed(lambda m: setattr(m, "hal", 3)), r"model has an attribute 'hal'"),
+        (patched, r"model is patched already \(up\.0 is adapted\)"),
+        (lambda: models.Holder(part=patched()), r"patched already \(part\.up\.0 is adapted\)"),
+    ],
+)
+def test_models_that_cannot_be_patched(make, message):
+    refuse(make(), ValueError, message)
+
+
+def test_a_part_of_a_patched_model():
+    model = patched()
+    with unchanged(model):
+        refuse(model.up, ValueError, r"model is patched already \(0 is adapted\)")
+
+
+def test_a_lazy_layer():
     model = models.net()
     model.up[0] = nn.LazyLinear(24)
     message = r"'up\.0' .*LazyLinear|LazyLinear.*'up\.0'|'up\.0'.*(uninitialized|initialised)"
@@ -45,35 +69,7 @@ def test_lazy_layer_is_refused():
         patch_model(model, 2)
 
 
-def test_forward_of_the_instance_is_refused():
-    model = models.net()
-    layer = model.down[0]
-    layer.forward = lambda x: F.linear(x, layer.weight)
-    refuse(model, ValueError, r"'down\.0' has a forward function of its own")
-
-
-def test_patching_twice_is_refused():
-    model = patched()
-    refuse(model, ValueError, r"model is patched already \(up\.0 is adapted\)")
-
-
-def test_a_part_of_a_patched_model_is_refused():
-    model = patched()
-    with unchanged(model):
-        refuse(model.up, ValueError, r"model is patched already \(0 is adapted\)")
-
-
-def test_a_model_that_holds_a_patched_part_is_refused():
-    refuse(models.Holder(part=patched()), ValueError, r"patched already \(part\.up\.0 is adapted\)")
-
-
-def test_attribute_in_the_way_is_refused():
-    model = models.net()
-    model.hal = 3
-    refuse(model, ValueError, r"model has an attribute 'hal'")
-
-
-def test_rank_wider_than_a_layer_is_refused():
+def test_a_rank_wider_than_a_layer():
     model = models.net(hidden=5)
     refuse(model, ValueError, r"rank is 6, expected at most 5", rank=6)
     refuse(model, ValueError, r"init_rank is 6, expected at most 5", rank=5, init_rank=6)

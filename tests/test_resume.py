@@ -1,20 +1,12 @@
 """A run that is interrupted, or copied, goes on bit for bit."""
 
 import copy
-import io
 
 import models
 import pytest
-import torch
-from pruning import BUDGET, CUBIC, HYPERNETS, LAST_ALLOCATION, patched_net
-from training import (
-    adam,
-    assert_equal,
-    batches,
-    budget_used,
-    state,
-    train,
-)
+from lifecycle import pickled
+from pruning import BUDGET, CUBIC, HYPERNETS, patched_net
+from training import adam, assert_equal, batches, budget_used, state, train
 
 import hal_kernels
 
@@ -27,8 +19,6 @@ pytestmark = pytest.mark.usefixtures("small_hypernets")
 def resumed(model, optimizer, folder, *, into):
     """A fresh process's model and optimizer, from files alone."""
     hal_kernels.save_adapter(model, folder)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
     fresh = models.net()
     if into == "patched":
         same = ("hypernet", "update", "allocation")
@@ -36,8 +26,7 @@ def resumed(model, optimizer, folder, *, into):
         hal_kernels.patch_model(fresh, 2, init_rank=4, **options)
     hal_kernels.load_adapter(fresh, folder)
     again = adam(fresh)
-    file.seek(0)
-    again.load_state_dict(torch.load(file))
+    again.load_state_dict(pickled(optimizer.state_dict()))
     return fresh, again
 
 
@@ -90,24 +79,6 @@ def test_resume_is_bitwise_under_cubic(hypernet, at, tmp_path):
 
 
 # ---- copies ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hypernet", ["direct", "bert"])
-@pytest.mark.parametrize("after", [0, 3])
-def test_deepcopy_trains_independently(hypernet, after):
-    model = patched_net(hypernet, allocation="ema")
-    train(model, adam(model), batches(model, after))
-    twin = copy.deepcopy(model)
-    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
-    assert not shared
-    before = state(model)
-    data = batches(model, LAST_ALLOCATION)
-    losses = train(twin, adam(twin), data)
-    assert twin.hal.steps == after + len(data)
-    assert model.hal.steps == after
-    assert_equal(state(model), before)
-    assert train(model, adam(model), data) == losses
-    assert_equal(state(model), state(twin))
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)

@@ -15,16 +15,6 @@ from hal_kernels import load_adapter, save_adapter
 pytestmark = pytest.mark.usefixtures("small_hypernets")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A trained "direct" model and the folder it was saved in. Not to be changed."""
-    model = patched(init_rank=3, interval=2, allocation="ema")
-    train(model, adam(model), batches(model, 5))
-    folder = tmp_path_factory.mktemp("saved") / "adapter"
-    save_adapter(model, folder)
-    return model, folder
-
-
 # -- round trips -----------------------------------------------------------------------------------
 
 
@@ -99,6 +89,7 @@ def test_layers_narrower_than_the_rank(hypernet, options, tmp_path):
         loaded = load_adapter(target, tmp_path)
         assert_equal(state(loaded), state(model))
         assert hal_kernels.rank_pattern(loaded) == hal_kernels.rank_pattern(model)
+        assert loaded.hal.budget == model.hal.budget
 
 
 def test_layers_that_are_one_layer_here(tmp_path):
@@ -205,39 +196,6 @@ def test_pruned_checkpoint_into_a_compacted_model(tmp_path):
     train(model, adam(model), batches(model, 2))
 
 
-def test_another_factor_dtype_is_not_half_taken_over(tmp_path):
-    model = patched(dtype=torch.float64)
-    prune(model, 0)
-    hal_kernels.compact(model)
-    save_adapter(model, tmp_path)
-    target = patched(dtype=torch.float32)
-    try:
-        load_adapter(target, tmp_path)
-    except ValueError as error:
-        assert "dtype" in str(error)
-    floats = [*target.hal.parameters(), target.hal.mask]
-    assert {t.dtype for t in floats} == {target.hal.config.dtype}
-    train(target, adam(target), batches(target, 1))
-
-
-def test_other_trained_modules_are_not_half_taken_over(tmp_path):
-    model = patched()
-    train(model, adam(model), batches(model, 2))
-    save_adapter(model, tmp_path)
-    target = patched(modules_to_save=(), exclude=["classifier"])
-    base = predict(models.net())
-    try:
-        load_adapter(target, tmp_path)
-    except ValueError as error:
-        assert "classifier" in str(error)
-    else:
-        assert list(target.hal.saved_modules) == ["classifier"]
-        assert target.classifier.weight.requires_grad
-        assert torch.equal(predict(target), predict(model))
-    with hal_kernels.disabled(target):
-        assert torch.equal(predict(target), base)
-
-
 # -- checkpoints that don't fit the model ----------------------------------------------------------
 
 
@@ -278,11 +236,7 @@ def test_other_head(saved):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"hypernet": "bert"},
-        {"hypernet": "mlp", "allocation": "ema"},
-        {"allocation": "sensitivity"},
-    ],
+    [{"hypernet": "bert"}, {"hypernet": "mlp", "allocation": "ema"}, {"allocation": "sensitivity"}],
 )
 def test_other_kind_of_adapter(options, saved):
     message = (
@@ -290,6 +244,14 @@ def test_other_kind_of_adapter(options, saved):
         r"hidden=None; "
     )
     misfit(patched(init_rank=3, **options), saved[1], message)
+
+
+def test_other_dtypes_and_trained_modules(saved, tmp_path):
+    options = {"init_rank": 3, "allocation": "ema"}
+    double = r"the checkpoint's factors have dtype torch\.float32, the model's torch\.float64"
+    misfit(patched(dtype=torch.float64, **options), saved[1], double)
+    headless = patched(modules_to_save=(), exclude=["classifier"], **options)
+    misfit(headless, saved[1], r"trained modules \['classifier'\], the model trains \[\]")
 
 
 def test_norm_first(tmp_path):

@@ -1,12 +1,12 @@
 """Layers that read one input compute as one, and never wrongly where they don't."""
 
 import copy
-import io
 import threading
 
 import models
 import pytest
 import torch
+from lifecycle import pickled
 from ops.util import CountCalls, relative_error
 from siblings import (
     SAME,
@@ -18,7 +18,7 @@ from siblings import (
     patched,
     step,
     x_of,
-)  # fmt: skip
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training import trainable
@@ -191,69 +191,44 @@ def test_a_group_whose_outputs_are_all_used_is_kept(reads):
     assert_computes(model, x_of(), together=True)
 
 
-def test_a_group_is_kept_when_an_optimizer_step_comes_between():
-    """Another thread's, while this one evaluates: what was left over says nothing of the layers."""
+def stepped_between(self, x):
+    """An optimizer steps in another thread, while this one evaluates."""
+    q = self.query(x)
+    self.hal.lam.mul_(1.0)
+    return q + self.key(x) * self.value(x)
+
+
+@pytest.mark.parametrize(("reads", "given_up"), [(cross, True), (stepped_between, False)])
+def test_what_is_left_over_without_gradients(reads, given_up):
     model = patched()
-
-    def reads(self, x):
-        q = self.query(x)
-        model.hal.lam.mul_(1.0)
-        return q + self.key(x) * self.value(x)
-
     model.reads = reads
     with torch.no_grad():
         model(x_of())
         model(x_of())
-    assert not groups_of(model)[0].given_up
+    assert groups_of(model)[0].given_up == given_up
 
 
-def test_given_up_without_gradients_too():
-    model = patched()
-    model.reads = cross
-    with torch.no_grad():
-        model(x_of())
-        model(x_of())
-    assert groups_of(model)[0].given_up
+def another_weight(module, x):
+    module.key.weight = nn.Parameter(2 * module.key.weight, requires_grad=False)
 
 
-def test_a_tensor_changed_in_place_is_another_input():
+CHANGES = {
+    "the input": lambda module, x: x.mul_(2),
+    "a weight": lambda module, x: module.value.weight.add_(1.0),
+    "a bias": lambda module, x: module.value.bias.add_(1.0),
+    "another weight": another_weight,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_between_calls_counts(change):
     model = patched()
 
     def reads(self, x):
         x = x.clone()
         q = self.query(x)
-        x.mul_(2)
-        return q + self.key(x)
-
-    model.reads = reads
-    twin = alone(model)
-    with torch.no_grad():
-        assert relative_error(model(x_of()), twin(x_of())) <= SAME
-
-
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_weight_changed_between_calls_counts(name):
-    model = patched()
-
-    def reads(self, x):
-        q = self.query(x)
-        with torch.no_grad():
-            getattr(self.value, name).add_(1.0)
-        return q + self.value(x)
-
-    model.reads = reads
-    twin = alone(model)
-    with torch.no_grad():
-        assert relative_error(model(x_of()), twin(x_of())) <= SAME
-
-
-def test_another_weight_between_calls_counts():
-    model = patched()
-
-    def reads(self, x):
-        q = self.query(x)
-        self.key.weight = nn.Parameter(2 * self.key.weight.detach(), requires_grad=False)
-        return q + self.key(x)
+        change(self, x)
+        return q + self.key(x) + self.value(x)
 
     model.reads = reads
     twin = alone(model)
@@ -309,36 +284,31 @@ def test_disabled_and_merged_layers_compute_alone():
     assert_computes(model, x_of(), together=True)
 
 
-def test_inference_mode_computes_alone():
+def in_inference_mode(model):
     """Inference tensors count no versions, so that a change in place would not show."""
-    model = patched()
-    expected = model(x_of())
-    with torch.inference_mode(), CountCalls() as counter:
-        out = model(x_of())
-    assert relative_error(out, expected) <= SAME
-    assert "svd_linear_group" not in counter.operators
+    with torch.inference_mode():
+        return model(x_of())
 
 
-def test_layers_called_outside_the_model_compute_alone():
-    model = patched()
-    expected = model(x_of())
-    with CountCalls() as counter:
-        out = torch.cat([getattr(model, n)(x_of()).tanh() for n in model.names], -1)
-    assert relative_error(out, expected) <= SAME
-    assert "svd_linear_group" not in counter.operators
+def outside_the_model(model):
+    return torch.cat([getattr(model, name)(x_of()).tanh() for name in model.names], -1)
 
 
-def test_an_offloaded_member_computes_alone():
+def with_an_offloaded_member(model):
     """accelerate's hooks bring a weight to the device only when its own layer is called."""
-    model = patched()
-    expected = model(x_of())
     kept = model.key.weight
     model.key.weight = nn.Parameter(kept.to("meta"), requires_grad=False)
-    bring = model.key.register_forward_pre_hook(lambda m, args: setattr(m, "weight", kept))
+    model.key.register_forward_pre_hook(lambda m, args: setattr(m, "weight", kept))
+    return model(x_of())
+
+
+@pytest.mark.parametrize("call", [in_inference_mode, outside_the_model, with_an_offloaded_member])
+def test_layers_that_compute_alone(call):
+    model = patched()
+    expected = model(x_of())
     with CountCalls() as counter:
-        assert relative_error(model(x_of()), expected) <= SAME
+        assert relative_error(call(model), expected) <= SAME
     assert "svd_linear_group" not in counter.operators
-    bring.remove()
 
 
 def test_a_pass_in_another_thread_takes_nothing_and_drops_nothing():
@@ -397,13 +367,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize(
     ("hypernet", "reads"),
-    [
-        ("direct", None),
-        ("direct", cross),
-        ("direct", twice),
-        ("direct", only_first),
-        ("mlp", cross),
-    ],
+    [*(("direct", reads) for reads in (None, cross, twice, only_first)), ("mlp", cross)],
 )
 def test_checkpointing(hypernet, reads):
     """Also over several passes before their backward, while the group is about to be given up."""
@@ -430,10 +394,7 @@ def test_a_copy_has_groups_of_its_own():
     twin = copy.deepcopy(model)
     (group,), (other,) = groups_of(model), groups_of(twin)
     assert other is not group and other.layers == (twin.query, twin.key, twin.value)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
+    loaded = pickled(model)
     assert groups_of(loaded)[0].layers == (loaded.query, loaded.key, loaded.value)
     assert_computes(loaded, x_of(), together=True)
     expected = model(x_of())

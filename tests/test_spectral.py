@@ -2,11 +2,10 @@
 
 import copy
 
-import lifecycle
 import models
 import pytest
 import torch
-from lifecycle import patched, predict, unchanged
+from lifecycle import patched, predict, prune, unchanged
 from training import assert_close, assert_equal, batches, budget_used, kept, state, train, trainable
 
 import hal_kernels
@@ -118,33 +117,29 @@ def test_weight_decay_acts_on_delta():
 def test_clipping_by_the_norm_sees_the_head_alone():
     """K and L are larger than a head's gradient; c keeps them out of the norm."""
     model, clipped = spectral(models.bert()), spectral(models.bert())
-    for clip, one in ((False, model), (True, clipped)):
-        optimizer = adamw(one)
-        for inputs in batches(one, 3):
-            models.loss_of(one(**inputs)).backward()
-            if clip:
-                norm = torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
-                head = [p.grad for p in one.classifier.parameters()]
-                alone = torch.nn.utils.get_total_norm(head)
-                torch.testing.assert_close(norm, alone, rtol=1e-5, atol=0)
-                assert norm < 1.0  # or the head itself would be clipped
-                assert one.hal.p_32.grad.norm() / TANGENT > 1e-3
-            optimizer.step()
-            optimizer.zero_grad()
+
+    def clip():
+        norm = torch.nn.utils.clip_grad_norm_(clipped.parameters(), 1.0)
+        alone = torch.nn.utils.get_total_norm([p.grad for p in clipped.classifier.parameters()])
+        torch.testing.assert_close(norm, alone, rtol=1e-5, atol=0)
+        assert norm < 1.0  # or the head itself would be clipped
+        assert clipped.hal.p_32.grad.norm() / TANGENT > 1e-3
+
+    train(model, adamw(model), batches(model, 3))
+    train(clipped, adamw(clipped), batches(model, 3), clip)
     assert_equal(state(clipped), state(model))
 
 
 def test_steps_weigh_alike_in_the_momenta_whatever_scales_their_gradients():
     """As clipping does, where the head's own gradient is clipped."""
     model, scaled = (spectral(models.net(dtype=torch.float64), dtype=torch.float64) for _ in "ab")
-    for one in (model, scaled):
-        optimizer = adamw(one)
-        for step, inputs in enumerate(batches(one, 5)):
-            models.loss_of(one(**inputs)).backward()
-            for parameter in one.hal.parameters():
-                parameter.grad.mul_(0.3**step if one is scaled else 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+
+    def scale():
+        for parameter in scaled.hal.parameters():
+            parameter.grad.mul_(0.3**scaled.hal.steps)
+
+    train(model, adamw(model), batches(model, 5))
+    train(scaled, adamw(scaled), batches(model, 5), scale)
     assert_close(deltas(scaled), deltas(model), 1e-9)
 
 
@@ -290,7 +285,7 @@ def test_step_is_refused():
 def test_masks_of_a_pruned_model_hold():
     model = spectral(init_rank=3, interval=10**6)
     train(model, adamw(model), batches(model, 2))
-    lifecycle.prune(model, 0, 5)
+    prune(model, 0, 5)
     train(model, adamw(model), batches(model, 3))
     assert [i for i, k in enumerate(kept(model)) if not k] == [0, 5]
     assert not model.hal.lam[[0, 5]].any()
@@ -308,8 +303,7 @@ SWITCHES = [
     [("patched", SWITCHES[0]), *(("unpatched", one) for one in SWITCHES)],
     ids=str,
 )
-def test_another_update_s_checkpoint_goes_on(into, options, monkeypatch, tmp_path):
-    lifecycle.small_hypernets(monkeypatch)
+def test_another_update_s_checkpoint_goes_on(into, options, small_hypernets, tmp_path):
     options = {"init_rank": 3, "interval": 4} | options
     model = patched(models.net(), **options)
     train(model, adamw(model), batches(model, 6))

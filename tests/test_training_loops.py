@@ -5,6 +5,7 @@ import threading
 import models
 import pytest
 import torch
+from lifecycle import predict, unchanged
 from pruning import BUDGET, HYPERNETS, LAST_ALLOCATION, cross_entropy, patched_net
 from torch import nn
 from training import (
@@ -88,71 +89,94 @@ def test_optimizer_step_twice(hypernet):
     assert_equal(dict(model.hal.named_buffers()), advanced)
 
 
-@pytest.mark.parametrize("hypernet", ["direct", "bert"])
-def test_gradients_thrown_away(hypernet):
-    """A backward pass whose gradients are dropped leaves no trace in the next step's scores."""
-    model, clean = (patched_net(hypernet, allocation="ema") for _ in range(2))
-    data = batches(model, 4)
-    optimizer = adam(model)
+# ---- what leaves no trace ----------------------------------------------------------------------
+
+
+def thrown_away(model):
+    """A backward pass whose gradients are dropped."""
     models.loss_of(model(**models.batch(model, seed=99))).backward()
-    optimizer.zero_grad()
-    assert train(model, optimizer, data) == train(clean, adam(clean), data)
-    assert_equal(state(model), state(clean))
+    model.zero_grad()
 
 
-@pytest.mark.parametrize("hypernet", ["direct", "bert"])
-def test_evaluation_between_steps_leaves_no_trace(hypernet):
-    model, clean = (patched_net(hypernet, allocation="ema") for _ in range(2))
-    data = batches(model, 4)
-    optimizer = adam(model)
-    losses = []
-    for inputs in data:
-        for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
-            with mode():
-                model.eval()(**models.batch(model, seed=99))
-        model.train()
-        losses += train(model, optimizer, [inputs])
-    assert losses == train(clean, adam(clean), data)
-    assert_equal(state(model), state(clean))
+def evaluated(model):
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            model.eval()(**models.batch(model, seed=99))
+    model.train()
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_exception_in_forward(hypernet):
-    """An out-of-memory error or a keyboard interrupt in the model: the next step is as ever."""
-    model, clean = (patched_net(hypernet) for _ in range(2))
-    optimizer = adam(model)
-    data = batches(model, 3)
-    losses = []
-    for inputs in data:
-        with pytest.raises(ValueError, match="x has shape"):
-            model(x=torch.zeros(2, 3))
-        losses += train(model, optimizer, [inputs])
-    assert losses == train(clean, adam(clean), data)
-    assert_equal(state(model), state(clean))
+def failed(model):
+    """An out-of-memory error or a keyboard interrupt in the model."""
+    with pytest.raises(ValueError, match="x has shape"):
+        model(x=torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("hypernet", HYPERNETS)
-def test_exception_in_a_pre_hook(hypernet):
+def failed_before_the_pass(model):
     """A hook that runs before the adapter's and raises: the adapter's own never opened a pass."""
-    model = patched_net(hypernet)
-    broken = [True]
 
-    def raise_once(module, args):
-        if broken.pop():
-            raise RuntimeError("not now")
+    def fail(module, args):
+        raise RuntimeError("not now")
 
-    model.register_forward_pre_hook(raise_once, prepend=True)
-    broken.append(False)
+    hook = model.register_forward_pre_hook(fail, prepend=True)
     with pytest.raises(RuntimeError, match="not now"):
-        broken.append(True)
         model(**models.batch(model))
-    broken[:] = [False] * 20
-    clean = patched_net(hypernet)
-    data = batches(model, 3)
-    assert train(model, adam(model), data) == train(clean, adam(clean), data)
-    x = data[0]["x"]
-    with torch.no_grad():
-        assert torch.equal(model.features(x), clean.features(x))
+    hook.remove()
+
+
+def looked_at(model):
+    with unchanged(model):
+        hal_kernels.factors(model), hal_kernels.rank_pattern(model), hal_kernels.penalty(model)
+
+
+def disabled(model):
+    """A reference model's output is wanted between forward and backward (KL terms, DPO)."""
+    with hal_kernels.disabled(model):
+        predict(model)
+
+
+TRACELESS = [
+    *(("zero_grad", what) for what in (thrown_away, evaluated, failed, failed_before_the_pass)),
+    ("forward", disabled), ("backward", disabled), ("backward", looked_at),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hypernet", "after", "what"),
+    [
+        *((hypernet, *how) for hypernet in (None, "direct", "bert") for how in TRACELESS),
+        *(
+            (hypernet, "step", hal_kernels.step) for hypernet in ("direct", "bert")
+        ),  # noticed before
+    ],
+)
+def test_what_leaves_no_trace(hypernet, after, what):
+    """Losses, factors, scores and masks are those of a run that it did not happen in."""
+    options = {"allocation": "ema"} if hypernet else {}
+    model, clean = (patched_net(hypernet, **options) for _ in range(2))
+    optimizers = adam(model), adam(clean)
+
+    def done(moment, each):
+        if each is model and moment == after:
+            what(model)
+
+    for inputs in batches(model, 4):
+        losses = []
+        for each, optimizer in zip((model, clean), optimizers, strict=True):
+            losses.append(models.loss_of(each(**inputs)))
+            done("forward", each)
+            losses[-1].backward()
+            done("backward", each)
+            optimizer.step()
+            done("step", each)
+            optimizer.zero_grad()
+            done("zero_grad", each)
+        assert torch.equal(*losses)
+    assert_equal(state(model), state(clean))
+    with torch.no_grad():  # no layer computes with the factors of a pass that is over
+        for parameter in model.hal.parameters():
+            parameter.mul_(1.1)
+        x = models.batch(model)["x"]
+        assert torch.equal(model.classifier(model.features(x)), models.logits_of(model(x)))
 
 
 # ---- the state advances once per optimizer step ------------------------------------------------
@@ -171,39 +195,27 @@ def test_one_advance_per_accumulated_step(hypernet):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
-@pytest.mark.parametrize("hypernet", HYPERNETS)
+@pytest.mark.parametrize("hypernet", [None, "direct", "bert"])
 def test_one_advance_with_several_optimizers(hypernet, order):
+    """P, Λ and the head in optimizers of their own, stepped in either order."""
     model, whole = patched_net(hypernet), patched_net(hypernet)
     adapter = list(model.hal.parameters())
     groups = [adapter[:2], adapter[2:], list(model.classifier.parameters())]
-    optimizers = [torch.optim.SGD(group, lr=1e-3) for group in groups]
-    data = batches(model, 5)
+    make = torch.optim.AdamW if hypernet == "direct" else torch.optim.SGD
+    optimizers = [make(group, lr=1e-3) for group in groups]
+    data = batches(model, LAST_ALLOCATION + 1)
     for index, inputs in enumerate(data):
         models.loss_of(model(**inputs)).backward()
         for which in order:
             optimizers[which].step()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        model.zero_grad()
         assert model.hal.steps == index + 1
+    assert budget_used(model) == BUDGET
+    if hypernet == "direct":  # whose moments would move what is pruned
+        assert not model.hal.lam[model.hal.mask == 0].any()
     if hypernet == "bert":
         train(whole, torch.optim.SGD(trainable(whole), lr=1e-3), data)
         assert_equal(state(model), state(whole))
-
-
-@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
-def test_pruned_directions_stay_zero_with_several_optimizers(order):
-    """P in one optimizer and Λ in another, stepped in either order."""
-    model = patched_net("direct")
-    adapter = list(model.hal.parameters())
-    optimizers = [torch.optim.AdamW(group, lr=1e-2) for group in (adapter[:2], adapter[2:])]
-    for inputs in batches(model, LAST_ALLOCATION + 1):
-        models.loss_of(model(**inputs)).backward()
-        for which in order:
-            optimizers[which].step()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-    assert budget_used(model) == BUDGET
-    assert not model.hal.lam[model.hal.mask == 0].any()
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)
@@ -233,33 +245,6 @@ def test_optimizers_without_the_adapter_that_are_fine(hypernet):
     frozen = patched_net(hypernet)
     frozen.hal.requires_grad_(False)
     train(frozen, torch.optim.SGD(trainable(frozen), lr=0.1), batches(frozen, 2))
-
-
-@pytest.mark.parametrize("hypernet", ["direct", "bert"])
-def test_step_for_foreign_optimizers(hypernet):
-    """An optimizer that torch's hooks don't see, and hal_kernels.step: the same run."""
-    model, hooked = patched_net(hypernet), patched_net(hypernet)
-    data = batches(model, LAST_ALLOCATION)
-    for inputs in data:
-        models.loss_of(model(**inputs)).backward()
-        with torch.no_grad():
-            for parameter in trainable(model):
-                parameter.sub_(parameter.grad, alpha=1e-3)
-        hal_kernels.step(model)
-        model.zero_grad()
-    train(hooked, torch.optim.SGD(trainable(hooked), lr=1e-3), data)
-    assert model.hal.steps == LAST_ALLOCATION
-    assert_equal(state(model), state(hooked))
-
-
-def test_step_after_a_noticed_step_does_nothing():
-    model = patched_net("bert")
-    optimizer = adam(model)
-    models.loss_of(model(**models.batch(model))).backward()
-    optimizer.step()
-    before = state(model)
-    hal_kernels.step(model)
-    assert_equal(state(model), before)
 
 
 @pytest.mark.parametrize("hypernet", HYPERNETS)

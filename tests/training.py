@@ -1,6 +1,6 @@
 """Training loops, gradients and snapshots shared by the tests."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,13 +23,17 @@ def batches(model: nn.Module, count: int, size: int = 4) -> list[dict[str, Any]]
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: Iterable[dict[str, Any]]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Iterable[dict[str, Any]],
+    before_step: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """One optimizer step a batch, as a user would write it. Returns the losses."""
     losses = []
     for inputs in data:
         loss = loss_of(model(**inputs))
         loss.backward()
+        before_step()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -43,8 +47,21 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of everything that training changes: the adapter whole, and the modules trained."""
-    adapter = {f"hal.{k}": v.clone() for k, v in model.hal.state_dict().items()}
+    adapter = {f"hal.{k}": v for k, v in adapter_state(model).items()}
     return adapter | {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.hal.state_dict().items()}
+
+
+def by_layer(model: nn.Module, packed: Any) -> dict[str, tuple[torch.Tensor, ...]]:
+    """P rows, Λ and Q rows of every layer, copied from packed tensors."""
+    layout = model.hal.layout
+    sides = layout.p.split(packed.p), packed.lam.split(layout.ranks), layout.q.split(packed.q)
+    names = [spec.name for spec in layout.layers]
+    own = (tuple(t.detach().clone() for t in tensors) for tensors in zip(*sides, strict=True))
+    return dict(zip(names, own, strict=True))
 
 
 def kept(model: nn.Module) -> list[int]:

@@ -50,6 +50,12 @@ def run(function: Any, world: int, *arguments: Any) -> list[Any]:
     return [found[rank][1] for rank in range(world)]
 
 
+def share(inputs: dict[str, torch.Tensor], rank: int, world: int) -> dict[str, torch.Tensor]:
+    """The rows of a batch that one of the processes trains on."""
+    rows = len(next(iter(inputs.values()))) // world
+    return {k: v[rank * rows : (rank + 1) * rows] for k, v in inputs.items()}
+
+
 def free_port() -> int:
     import socket
 

@@ -7,13 +7,13 @@ import models
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from training import assert_close, gradients, trainable
+from training import adapter_state, assert_close, gradients, trainable
 
 import hal_kernels
 from bench.communication import Counter
 from hal_kernels.nn import hypernet
 
-from .processes import run
+from .processes import run, share
 
 STEPS, ROWS = 5, 2  # rows a process and step
 # name -> (hypernet, activation checkpointing, options)
@@ -31,10 +31,6 @@ FOUR = ("direct ema", "bert ema", "spectral")  # cases of four processes, too
 ALIKE = ("bert ema",)  # alike in all processes, but not the one process's run: see allocation
 
 
-def small_hypernets():
-    hypernet.HIDDEN, hypernet.INNER = 24, 32
-
-
 def build(case, seed=0):
     kind, checkpointed, options = CASES[case]
     model = models.bert(dtype=torch.float64)
@@ -48,11 +44,9 @@ def build(case, seed=0):
 
 def steps(model, wrapped, optimizer, rank, world, total):
     """Each step's gradients and mask, on this rank's share of `total` rows."""
-    share = total // world
     found = []
     for index in range(STEPS):
-        inputs = models.batch(model, total, seed=index)
-        mine = {k: v[rank * share : (rank + 1) * share] for k, v in inputs.items()}
+        mine = share(models.batch(model, total, seed=index), rank, world)
         models.loss_of(wrapped(**mine)).backward()
         found.append(gradients(model))
         optimizer.step()
@@ -62,7 +56,7 @@ def steps(model, wrapped, optimizer, rank, world, total):
 
 
 def in_processes(rank, world):
-    small_hypernets()
+    hypernet.HIDDEN, hypernet.INNER = 24, 32
     found = {}
     for case in CASES if world == 2 else FOUR:
         model, optimizer = build(case)
@@ -76,16 +70,10 @@ def found_by(world):
     return run(in_processes, world)
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(hypernet, "HIDDEN", 24)
-    monkeypatch.setattr(hypernet, "INNER", 32)
-
-
 @pytest.mark.parametrize(
     ("world", "case"), [*((2, case) for case in CASES), *((4, case) for case in FOUR)]
 )
-def test_processes_are_alike_and_equal_one(world, case, quick):
+def test_processes_are_alike_and_equal_one(world, case, small_hypernets):
     ranks = copy.deepcopy(found_by(world))
     for index in range(STEPS):
         for rank in ranks[1:]:
@@ -107,7 +95,7 @@ def test_processes_are_alike_and_equal_one(world, case, quick):
 
 
 def odd_processes(rank, world):
-    small_hypernets()
+    hypernet.HIDDEN, hypernet.INNER = 24, 32
     found = {}
 
     # 1. Each draws other factors: the first one's are taken.
@@ -115,7 +103,7 @@ def odd_processes(rank, world):
     model, optimizer = build("bert", seed=None)
     wrapped = DistributedDataParallel(model)
     steps(model, wrapped, optimizer, rank, world, ROWS * world)
-    found["drawn"] = {k: v.clone() for k, v in model.hal.state_dict().items()}
+    found["drawn"] = adapter_state(model)
 
     # 2. NaN in one of them: the step is left out everywhere.
     inputs = models.batch(model, ROWS, seed=rank)
@@ -124,7 +112,7 @@ def odd_processes(rank, world):
         trainable(model)[0].grad.fill_(float("nan"))  # after gradients were averaged
     optimizer.step()
     optimizer.zero_grad()
-    found["after NaN"] = {k: v.clone() for k, v in model.hal.state_dict().items()}
+    found["after NaN"] = adapter_state(model)
 
     # 3. What is sent in a step.
     for case in ("bert", "direct"):
@@ -189,7 +177,7 @@ def test_bytes_sent(case, odd):
     assert sum(found.values()) <= STEPS * frozen, found
 
 
-def test_the_penalty_counts_once_over_all_processes(odd, quick):
+def test_the_penalty_counts_once_over_all_processes(odd):
     net = hal_kernels.patch_model(Counting(), 2, **COUNTING)
     x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     net(x, num_items_in_batch=4).backward()

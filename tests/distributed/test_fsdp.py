@@ -3,17 +3,18 @@
 import models
 import pytest
 import torch
+import training
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from training import assert_close, trainable
+from training import adapter_state, assert_close, trainable
 
 import hal_kernels
 from hal_kernels.nn import hypernet
 
-from .processes import run
+from .processes import run, share
 
 STEPS, ROWS, BEFORE = 6, 4, 3  # saved and loaded after BEFORE steps
 KINDS = ("bert", "direct", "spectral")
@@ -50,21 +51,9 @@ def shard_flat(model, **options):
 
 
 def train(model, optimizer, first, last, rank, world, wrapped=None):
-    losses = []
-    for index in range(first, last):
-        inputs = models.batch(model, ROWS, seed=index)
-        share = ROWS // world
-        mine = {k: v[rank * share : (rank + 1) * share] for k, v in inputs.items()}
-        loss = models.loss_of((wrapped or model)(**mine))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def state(model):
-    return {k: v.clone() for k, v in model.hal.state_dict().items()}
+    data = (models.batch(model, ROWS, seed=index) for index in range(first, last))
+    mine = (share(inputs, rank, world) for inputs in data)
+    return training.train(wrapped or model, optimizer, mine)
 
 
 def in_processes(rank, world, folder):
@@ -81,15 +70,15 @@ def in_processes(rank, world, folder):
             hal_kernels.save_adapter(model, f"{folder}/{kind}")
         torch.distributed.barrier()
         losses += train(model, optimizer, BEFORE, STEPS, rank, world)
-        found[kind] = losses, state(model)
+        found[kind] = losses, adapter_state(model)
         again = shard(hal_kernels.load_adapter(base(), f"{folder}/{kind}"), world)
         rest = train(again, optimizer_of(again), BEFORE, STEPS, rank, world)
-        found[kind, "loaded"] = rest, state(again)
+        found[kind, "loaded"] = rest, adapter_state(again)
         flat = patched(kind)
         wrapped = shard_flat(flat, ignored_states=list(hal_kernels.replicate(flat)))
         found[kind, "FSDP1"] = (
             train(flat, optimizer_of(flat), 0, STEPS, rank, world, wrapped),
-            state(flat),
+            adapter_state(flat),
         )
         found[kind, "refused"] = refused(kind, world)
     return found
@@ -137,9 +126,7 @@ def test_the_base_is_sharded_and_the_rest_is_whole(kind, ranks):
 
 @pytest.mark.parametrize("how", ["FSDP2", "FSDP1"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_state_equal_one_process(kind, how, ranks, monkeypatch):
-    monkeypatch.setattr(hypernet, "HIDDEN", 24)
-    monkeypatch.setattr(hypernet, "INNER", 32)
+def test_losses_and_state_equal_one_process(kind, how, ranks, small_hypernets):
     model = patched(kind)
     losses = train(model, optimizer_of(model), 0, STEPS, 0, 1)
     results = [rank[kind if how == "FSDP2" else (kind, how)] for rank in ranks]
@@ -147,7 +134,7 @@ def test_losses_and_state_equal_one_process(kind, how, ranks, monkeypatch):
     # transformers takes this loss of logits in float32: rounding of sums in another order
     torch.testing.assert_close(means.tolist(), losses, rtol=1e-6, atol=0)
     for _, found in results:
-        assert_close(found, state(model), 1e-5)
+        assert_close(found, adapter_state(model), 1e-5)
         assert torch.equal(found["mask"], model.hal.mask)
 
 

@@ -8,7 +8,7 @@ import time
 import models
 import pytest
 import torch
-from training import assert_close
+from training import adapter_state, assert_close
 
 import hal_kernels
 from hal_kernels.nn import hypernet
@@ -50,10 +50,6 @@ def trainer(folder, world, *, seed=0, accumulation=1):
     return AdapterTrainer(model, arguments, train_dataset=Rows(model))
 
 
-def state(model):
-    return {k: v.clone() for k, v in model.hal.state_dict().items()}
-
-
 def losses(made):
     kept = ("loss", "task_loss", "penalty")
     return [[e[k] for k in kept] for e in made.state.log_history if "loss" in e]
@@ -62,7 +58,7 @@ def losses(made):
 def train_in_processes(rank, world, folder, accumulation):
     made = trainer(folder, world, accumulation=accumulation)
     made.train()
-    return losses(made), state(made.model)
+    return losses(made), adapter_state(made.model)
 
 
 @pytest.fixture
@@ -79,7 +75,7 @@ def test_two_processes_train_as_one(small, tmp_path):
     for found, tensors in ranks:
         # float32: rounding of sums in another order
         torch.testing.assert_close(found, losses(one), rtol=1e-4, atol=1e-6)
-        assert_close(tensors, state(one.model), 1e-3)
+        assert_close(tensors, adapter_state(one.model), 1e-3)
         assert torch.equal(tensors["mask"], one.model.hal.mask)
     assert not list((tmp_path / "two" / "checkpoint-2").glob("model*"))
 
@@ -115,7 +111,7 @@ def resume_in_processes(rank, world, folder):
     # A new process draws other factors; the checkpoint's count.
     made = trainer(folder, world, seed=1)
     made.train(resume_from_checkpoint=True)
-    return losses(made), state(made.model), made.model.hal.steps
+    return losses(made), adapter_state(made.model), made.model.hal.steps
 
 
 def test_a_killed_process_ends_the_others_and_any_number_goes_on(small, tmp_path):

@@ -1,44 +1,20 @@
 """Tiny pretrained models and data files for the tests of fine-tuning."""
 
-import lifecycle
 import pytest
-import torch
 
-from .tiny import build_tokenizer, write_jsonl
+from .tiny import save_model, write_jsonl
 
 
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory):
     """A BERT encoder with dropout, so that a resumed run needs its random state."""
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = build_tokenizer(cls_token="[CLS]", sep_token="[SEP]")
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model("bert", tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=24, max_position_embeddings=128,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    options = {"max_position_embeddings": 128, "num_key_value_heads": 1, "bos_token_id": None}
+    return save_model("llama", tmp_path_factory.mktemp("llama"), **options)
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +26,8 @@ def reviews(tmp_path_factory):
         for i in range(12)
         for word, label in (("good", 1), ("bad", 0), ("great", 1), ("awful", 0))
     ]
-    return write_jsonl(folder / "train.jsonl", rows[:40]), write_jsonl(
-        folder / "dev.jsonl", rows[40:]
-    )
+    files = {"train.jsonl": rows[:40], "dev.jsonl": rows[40:]}
+    return tuple(write_jsonl(folder / name, part) for name, part in files.items())
 
 
 @pytest.fixture(scope="session")
@@ -69,13 +44,7 @@ def instructions(tmp_path_factory):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Small hypernetworks: the paper's take most of a tiny model's time."""
-    lifecycle.small_hypernets(monkeypatch)
-
-
-@pytest.fixture
-def finetune(tmp_path, monkeypatch, quick):
+def finetune(tmp_path, monkeypatch, small_hypernets):
     """Run the command in this process: `finetune("--flag", value, …)` returns its exit status."""
     from hal_finetune.main import main
 

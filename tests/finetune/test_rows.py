@@ -27,9 +27,7 @@ def _jsonl(path, *records):
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
 def test_jsonl_of_single_sentences(tmp_path, key, suffix):
     train = _jsonl(
-        tmp_path / f"train.{suffix}",
-        {key: "good", "label": 10, "idx": 7},
-        {key: "bad", "label": 9},
+        tmp_path / f"train.{suffix}", {key: "good", "label": 10, "idx": 7}, {key: "bad", "label": 9}
     )
     dev = _jsonl(tmp_path / f"dev.{suffix}", {key: "fine", "label": 10})
     data = read(train, dev)

@@ -1,5 +1,6 @@
 """transformers' Trainer as it is, AdapterTrainer, and TRL's SFTTrainer, on patched models."""
 
+import models
 import pytest
 import torch
 from training import assert_equal, state
@@ -12,29 +13,21 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from hal_peft.trainer import AdapterTrainer  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("small_hypernets")
 TRAINERS = (Trainer, AdapterTrainer)
 ROWS, STEPS = 24, 6
 # What Trainer's own checkpoints are told (tests/test_pretrained.py).
 SAVES = pytest.mark.filterwarnings("ignore:hal_kernels. from_pretrained")
 
 
-@pytest.fixture(autouse=True)
-def small(quick):
-    pass
-
-
 def patched(hypernet="bert", **options):
     """With dropout in base and adapter, so that a resumed run needs its random state."""
-    import models
-
     model = models.bert(hidden_dropout_prob=0.1)
     settings = {"hypernet": hypernet, "init_rank": 4, "interval": 1, "dropout": 0.1, "seed": 0}
     return hal_kernels.patch_model(model, 2, **(settings | options))
 
 
 def rows(model, count=ROWS):
-    import models
-
     return [{k: v[0] for k, v in models.batch(model, 1, seed=i).items()} for i in range(count)]
 
 
@@ -92,8 +85,6 @@ def test_checkpoints_hold_the_adapter_alone(tmp_path):
     made.train()
     names = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
     assert not any(name.startswith(("model", "pytorch_model")) for name in names), names
-    import models
-
     loaded = hal_kernels.load_adapter(models.bert(), tmp_path / "checkpoint-6")
     assert_equal(state(loaded), state(made.model))
 
@@ -102,8 +93,6 @@ def test_checkpoints_hold_the_adapter_alone(tmp_path):
 @pytest.mark.parametrize("make_model", ["bert", "llama"])
 def test_the_loss_in_its_two_parts(make_model, accumulation, tmp_path):
     """The penalty counts once, and never in an evaluation loss."""
-    import models
-
     model = getattr(models, make_model)()
     hal_kernels.patch_model(model, 2, gamma=50.0, init_rank=2, hypernet="direct", seed=0)
     penalty = hal_kernels.penalty(model).item()

@@ -134,16 +134,13 @@ class AdapterCases:
             type(self).operator(**arguments)
 
 
-# Changes to good arguments, the exception and its message: for both operators.
+# Changes to good arguments, the exception and its message: for both operators. What is no tensor,
+# or of a dtype or device that no operator takes, is given to each argument in test_arguments.py.
 BAD_ARGUMENTS = [
     ({"x": [1.0]}, TypeError, r"x is a list, expected a torch.Tensor"),
     ({"x": lambda t: t.long()}, TypeError, r"x has dtype torch.int64, expected a floating"),
     ({"x": lambda t: t.to(torch.complex64)}, TypeError, r"x has dtype torch.complex64"),
-    ({"p": [1.0]}, TypeError, r"p is a list"),
-    ({"p": lambda t: t.int()}, TypeError, r"p has dtype torch.int32"),
-    ({"lam": None}, TypeError, r"lam is a NoneType"),
     ({"lam": lambda t: t.bool()}, TypeError, r"lam has dtype torch.bool"),
-    ({"q": lambda t: t.long()}, TypeError, r"q has dtype torch.int64"),
     ({"p": lambda t: t[:, 1:]}, ValueError, r"p has shape \(3, 11\), expected .*12.*\[r, d_in\]"),
     ({"p": lambda t: t[0]}, ValueError, r"p has shape \(12,\), expected"),
     ({"p": lambda t: t[None]}, ValueError, r"p has shape \(1, 3, 12\), expected"),
@@ -154,15 +151,9 @@ BAD_ARGUMENTS = [
     ({"q": lambda t: t.t()}, ValueError, r"q has shape \(7, 3\), expected \(3, 7\)"),
     ({"mask": torch.ones(2)}, ValueError, r"mask has shape \(2,\), expected \(3,\)"),
     ({"mask": torch.ones(1)}, ValueError, r"mask has shape \(1,\), expected \(3,\)"),
-    ({"mask": [1, 1, 1]}, TypeError, r"mask is a list"),
     ({"mask": torch.ones(3, device="meta")}, ValueError, r"mask is on meta, expected"),
     ({"dropout": 1.0}, ValueError, r"dropout is 1.0, expected at least 0 and less than 1"),
     ({"dropout": -0.1}, ValueError, r"dropout is -0.1, expected"),
-    ({"dropout": float("nan")}, ValueError, r"dropout is nan, expected"),
-    ({"dropout": 0.5, "seed": 3}, TypeError, r"seed is a int"),
     ({"dropout": 0.5, "seed": torch.tensor([3, 4])}, ValueError, r"seed has shape \(2,\)"),
     ({"dropout": 0.5, "seed": torch.tensor(3.5)}, TypeError, r"seed has dtype torch.float32"),
-    ({"p": lambda t: t.to("meta")}, ValueError, r"p is on meta, expected"),
-    ({"lam": lambda t: t.to("meta")}, ValueError, r"lam is on meta, expected"),
-    ({"q": lambda t: t.to("meta")}, ValueError, r"q is on meta, expected"),
 ]

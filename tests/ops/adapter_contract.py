@@ -7,12 +7,33 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from .adapter_cases import DTYPES, FACTORS, LAYOUTS, RANKS, SCALING, AdapterCases, make_mask, seed
+from .adapter_cases import (
+    BAD_ARGUMENTS,
+    DTYPES,
+    FACTORS,
+    LAYOUTS,
+    RANKS,
+    SCALING,
+    AdapterCases,
+    make_mask,
+    seed,
+)
 from .tangent_contract import TangentContract
-from .util import EXACT, CountCalls, allocations, assert_same, bounds, laid_out, results, values
+from .util import (
+    EXACT,
+    CountCalls,
+    allocations,
+    assert_same,
+    autocast,
+    bounds,
+    laid_out,
+    results,
+    values,
+)
 
 
 class FormulaContract(AdapterCases):
@@ -89,7 +110,9 @@ class FormulaContract(AdapterCases):
             # bfloat16 numbers are exact in float32: the output has no excuse to be coarser.
             assert_same({"out": out["out"]}, {"out": ref["out"]}, EXACT[dtype])
 
-    def check_random_shapes_and_options(self, data):
+    @settings(suppress_health_check=[HealthCheck.differing_executors])  # two operators' classes
+    @given(st.data())
+    def test_random_shapes_and_options(self, data):
         torch.manual_seed(data.draw(st.integers(0, 2**32)))
         leading = tuple(data.draw(st.lists(st.integers(0, 4), max_size=3)))
         d_in, d_out = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
@@ -120,6 +143,24 @@ class FormulaContract(AdapterCases):
         out = results(doubled(self.call()), inputs, dy)
         ref = results(doubled(self.formula()), inputs, dy)
         assert_same(out, ref, EXACT[torch.float64])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, dtype):
+        """Inputs are float32, a base layer's output 16 bits wide; gradients are as their inputs."""
+        inputs, mask = self.make((3, 5)), make_mask("some", 3)
+        if "y" in inputs:
+            inputs["y"] = inputs["y"].to(dtype)
+        dy = self.upstream(inputs).to(dtype)
+        for given_in in (inputs, inputs | {"bias": None}) if "bias" in inputs else (inputs,):
+            out = results(autocast(self.call(mask), dtype), given_in, dy)
+            ref = results(self.formula(mask), given_in, dy, cast=torch.float64)
+            plain = results(autocast(self.formula(mask), dtype), given_in, dy)
+            assert out["out"].dtype == dtype
+            assert_same(out, ref, bounds(dtype, plain, ref))
+
+    @pytest.mark.parametrize("changes, exception, message", BAD_ARGUMENTS)
+    def test_bad_arguments(self, changes, exception, message):
+        self.check_error(changes, exception, message)
 
     def test_inference_mode(self):
         inputs = self.make()

@@ -114,11 +114,6 @@ def test_numbers_that_no_operator_takes(name):
                 operator(**put(copy.deepcopy(good), path, value))
 
 
-def test_empty_lists():
-    with pytest.raises(ValueError, match=r"importance is empty, expected at least one tensor"):
-        ops.update_importance_([], [], [], [])
-
-
 LISTS = [
     ("orthogonality_penalty", "factors"),
     ("importance_scores", "importance"),

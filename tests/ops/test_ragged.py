@@ -6,14 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hal_kernels.ops import Slots
-from hal_kernels.ops.ragged import (
-    expect_slots,
-    pad,
-    pad_sides,
-    padded_places,
-    unpad,
-    unpad_sides,
-)
+from hal_kernels.ops.ragged import expect_slots, pad, pad_sides, padded_places, unpad, unpad_sides
 
 from .slot_cases import EQUAL, LAYERS, slots_of
 from .util import DEVICE, laid_out, packed_offsets

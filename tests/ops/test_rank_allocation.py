@@ -72,8 +72,7 @@ def test_prune_of_many_ties(size, dtype):
 @given(st.data())
 def test_prune_of_any_scores(data):
     number = st.one_of(
-        st.sampled_from([0.0, -0.0, 1.0, NAN, -NAN, INF, -INF]),
-        st.floats(width=32, allow_nan=True),
+        st.sampled_from([0.0, -0.0, 1.0, NAN, -NAN, INF, -INF]), st.floats(width=32, allow_nan=True)
     )
     scores = scores_of(*data.draw(st.lists(number, max_size=12)))
     count = data.draw(st.integers(0, len(scores)))
@@ -104,8 +103,6 @@ def test_prune_compiles():
 @pytest.mark.parametrize(
     "scores, count, exception, message",
     [
-        ([1.0, 2.0], 1, TypeError, r"scores is a list, expected a torch.Tensor"),
-        (torch.arange(4), 1, TypeError, r"scores has dtype torch.int64, expected a floating"),
         (torch.ones(2, 2), 1, ValueError, r"scores has shape \(2, 2\), expected \[R\]"),
         (torch.tensor(1.0), 0, ValueError, r"scores has shape \(\), expected \[R\]"),
         (torch.ones(4), 5, ValueError, r"count is 5, expected 0 to 4"),
@@ -161,45 +158,23 @@ def test_importance_follows_adalora_step_by_step():
         assert uncertainty.tolist() == pytest.approx(unsure, rel=2e-6)
 
 
-@pytest.mark.parametrize("betas", [(0.85, 0.85), (0.5, 0.99), (0.3, 0.01)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_importance_matches_the_formula(dtype, betas):
-    importance, uncertainty, _, _ = lists(dtype)
-    expected = importance, uncertainty
-    expected = [[t.clone() for t in tensors] for tensors in expected]
-    for _ in range(4):
-        _, _, values, gradients = lists(dtype)
-        pairs = [updated(*ts, *betas) for ts in zip(*expected, values, gradients, strict=True)]
-        expected = [i for i, _ in pairs], [u for _, u in pairs]
-        update_importance_(
-            importance, uncertainty, values, gradients, beta1=betas[0], beta2=betas[1]
-        )
-        for got, wanted in zip((importance, uncertainty), expected, strict=True):
-            assert_same(dict(enumerate(got)), dict(enumerate(wanted)), EXACT[dtype])
-
-
+@pytest.mark.parametrize("betas", [(0.85, 0.85), (0.3, 0.01)])
 @pytest.mark.parametrize("state", DTYPES)
 @pytest.mark.parametrize("factors", DTYPES)
-def test_importance_of_any_dtypes(state, factors):
-    tensors = lists(state, [(3, 700)], factors)
-    wanted = updated(*(ts[0] for ts in tensors), 0.85, 0.8)
-    update_importance_(*tensors, beta1=0.85, beta2=0.8)
-    for (got,), ref in zip(tensors[:2], wanted, strict=True):
-        assert got.dtype == state
-        assert relative_error(got, ref) <= 2 * torch.finfo(state).eps
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_importance_of_16_bit_factors(dtype):
-    """Products of small numbers do not underflow: they are formed in the state's float32."""
-    importance, uncertainty = torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE)
-    value = torch.tensor([1e-4, -2e-4, 3e-2], device=DEVICE, dtype=dtype)
-    gradient = torch.tensor([2e-5, 1e-4, 0.5], device=DEVICE, dtype=dtype)
-    zeros = torch.zeros(3, device=DEVICE)
-    expected = updated(zeros, zeros, value, gradient, 0.85, 0.85)
-    update_importance_([importance], [uncertainty], [value], [gradient])
-    for got, wanted in zip((importance, uncertainty), expected, strict=True):
-        assert torch.allclose(got.double(), wanted, rtol=1e-6, atol=0.0)
+def test_importance_matches_the_formula(state, factors, betas):
+    """Products of small 16-bit numbers do not underflow: they are formed in the state's float32."""
+    importance, uncertainty, values, gradients = lists(state, factors=factors)
+    if state.itemsize > 2:  # sums of 16 bits would lose such small terms
+        for tensor in (*values, *gradients):
+            tensor.mul_(1e-4)
+        importance, uncertainty = ([t * 1e-8 for t in ts] for ts in (importance, uncertainty))
+    pairs = zip(importance, uncertainty, values, gradients, strict=True)
+    expected = [updated(*tensors, *betas) for tensors in pairs]
+    update_importance_(importance, uncertainty, values, gradients, beta1=betas[0], beta2=betas[1])
+    bound = EXACT[state] if state in EXACT else 2 * torch.finfo(state).eps
+    for *found, wanted in zip(importance, uncertainty, expected, strict=True):
+        for got, ref in zip(found, wanted, strict=True):
+            assert got.dtype == state and relative_error(got, ref) <= bound
 
 
 def test_importance_changes_its_state_alone():
@@ -236,41 +211,30 @@ def test_importance_compiles():
         assert_same(dict(enumerate(got)), dict(enumerate(wanted)), 1e-6)
 
 
-ONE, TWO = torch.ones(3), torch.ones(2)
-
-
-@pytest.mark.parametrize(
-    "arguments, options, exception, message",
-    [
-        (([ONE],) * 4, {"beta1": 0.0}, ValueError, r"beta1 is 0.0, expected more than 0"),
-        (([ONE],) * 4, {"beta1": 1.0}, ValueError, r"beta1 is 1.0, expected"),
-        (([ONE],) * 4, {"beta2": -0.5}, ValueError, r"beta2 is -0.5, expected"),
-        (([ONE],) * 4, {"beta2": NAN}, ValueError, r"beta2 is nan, expected"),
-        (([ONE], [], [ONE], [ONE]), {}, ValueError, r"uncertainty is empty, expected"),
-        (([ONE], [ONE], [ONE, ONE], [ONE]), {}, ValueError, r"values has 2 tensors, expected 1"),
-        (([ONE], [ONE], [ONE], []), {}, ValueError, r"gradients is empty, expected"),
-        (([ONE], [TWO], [ONE], [ONE]), {}, ValueError, r"uncertainty\[0\] has shape \(2,\), exp"),
-        (([ONE], [ONE], [TWO], [ONE]), {}, ValueError, r"values\[0\] has shape \(2,\), expected"),
+def test_importance_bad_arguments():
+    one, two = torch.ones(3), torch.ones(2)
+    good = {n: [one, one] for n in ("importance", "uncertainty", "values", "gradients")}
+    for changes, error, message in (
+        ({"beta1": 0.0}, ValueError, r"beta1 is 0.0, expected more than 0"),
+        ({"beta1": 1.0}, ValueError, r"beta1 is 1.0, expected"),
+        ({"beta2": -0.5}, ValueError, r"beta2 is -0.5, expected"),
+        ({"uncertainty": []}, ValueError, r"uncertainty is empty, expected"),
+        ({"gradients": []}, ValueError, r"gradients is empty, expected"),
+        ({"values": [one]}, ValueError, r"values has 1 tensors, expected 2"),
+        ({"uncertainty": [two, one]}, ValueError, r"uncertainty\[0\] has shape \(2,\), expected"),
+        ({"values": [two, one]}, ValueError, r"values\[0\] has shape \(2,\), expected"),
         (
-            ([ONE, ONE], [ONE, ONE], [ONE, ONE], [ONE, TWO]),
-            {},
-            ValueError,
+            {"gradients": [one, two]}, ValueError,
             r"gradients\[1\] has shape \(2,\), expected \(3,\) \(as importance\[1\]\)",
         ),
-        (([ONE], [ONE], [ONE], [None]), {}, TypeError, r"gradients\[0\] is a NoneType"),
         (
-            ([ONE], [ONE.double()], [ONE], [ONE]),
-            {},
-            TypeError,
+            {"uncertainty": [one.double(), one]}, TypeError,
             r"uncertainty\[0\] has dtype torch.float64, expected torch.float32 \(as importance\[0",
         ),
-    ],
-)
-def test_importance_bad_arguments(arguments, options, exception, message):
-    before = ONE.clone()
-    with pytest.raises(exception, match=message):
-        update_importance_(*arguments, **options)
-    assert torch.equal(before, ONE)
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            update_importance_(**good | changes)
+    assert torch.equal(one, torch.ones(3))
 
 
 # ---- importance_scores -----------------------------------------------------------------------
@@ -329,7 +293,7 @@ def test_scores_match_the_formula(dtype, p, q):
 
 @given(st.data())
 def test_scores_of_any_rows(data):
-    """Rows shared out among widths at random, on either side."""
+    """Rows shared out among widths at random, on either side, in any layout."""
     rows = data.draw(st.integers(1, 12))
     sides = []
     for _ in range(2):
@@ -337,6 +301,8 @@ def test_scores_of_any_rows(data):
         heights = [b - a for a, b in zip([0, *cuts], [*cuts, rows], strict=True)]
         sides.append(tuple((n, data.draw(st.integers(1, 9))) for n in heights))
     inputs = make(*sides)
+    layout = data.draw(st.sampled_from(["contiguous", "sliced"]))
+    inputs |= {n: [laid_out(t, layout) for t in inputs[n]] for n in ("importance", "uncertainty")}
     assert relative_error(importance_scores(**inputs), scored(inputs)) <= BOUNDS[torch.float32]
 
 
@@ -347,13 +313,6 @@ def test_nan_reaches_its_own_direction_only():
     assert out.isnan().nonzero().tolist() == [[inputs["positions_p"].tolist().index(1)]]
 
 
-def test_scores_of_any_layout():
-    inputs = make()
-    for name in ("importance", "uncertainty"):
-        inputs[name] = [laid_out(t, "sliced") for t in inputs[name]]
-    assert relative_error(importance_scores(**inputs), scored(inputs)) <= BOUNDS[torch.float32]
-
-
 BAD = [
     ({"count_p": 0}, ValueError, r"count_p is 0, expected 1 to 2"),
     ({"count_p": 3}, ValueError, r"count_p is 3, expected 1 to 2"),
@@ -361,22 +320,21 @@ BAD = [
     ({"uncertainty": []}, ValueError, r"uncertainty is empty, expected"),
     ({"positions_p": torch.zeros(7)}, TypeError, r"positions_p has dtype torch.float32"),
     ({"positions_q": torch.zeros(6).long()}, ValueError, r"positions_q has shape \(6,\)"),
-]
+    (
+        {"uncertainty": make()["uncertainty"][::-1]}, ValueError,
+        r"uncertainty\[0\] has shape \(7, 6\), expected \(4, 7\)",
+    ),
+    (
+        make(((4, 7), (2, 5)), ((7, 6),)) | {"positions_q": torch.arange(6)}, ValueError,
+        r"importance has \[7\] rows for positions_q, expected 6",
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes, exception, message", BAD)
 def test_scores_bad_arguments(changes, exception, message):
     with pytest.raises(exception, match=message):
         importance_scores(**(make() | changes))
-
-
-def test_scores_of_shapes_that_do_not_fit_each_other():
-    inputs = make()
-    inputs["uncertainty"][0] = inputs["uncertainty"][0][:, 1:]
-    with pytest.raises(ValueError, match=r"uncertainty\[0\] has shape \(4, 6\), expected \(4, 7\)"):
-        importance_scores(**inputs)
-    with pytest.raises(ValueError, match=r"importance has \[7\] rows for positions_q, expected 6"):
-        importance_scores(**make(((4, 7), (2, 5)), ((7, 6),)) | {"positions_q": torch.arange(6)})
 
 
 # ---- all of them -----------------------------------------------------------------------------

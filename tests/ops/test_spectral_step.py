@@ -38,6 +38,23 @@ def check(case, bound=None, **options):
     return found
 
 
+def take(case, tensors):
+    """Set what steps change."""
+    for to, tensor in zip(case.tensors(), tensors, strict=True):
+        to.copy_(tensor)
+
+
+def check_updates(case, bound, orthonormal_to=1e-6, **options):
+    """One step: ΔW as the reference's, P and Q orthonormal. The reference's (layer, candidates)."""
+    case.step(**options)
+    expected = [case.expected(i, **options) for i in range(len(case.layers))]
+    for i, (ref, _) in enumerate(expected):
+        out = case.layer(i)
+        assert_same({"dw": update(out)}, {"dw": update(ref)}, bound)
+        assert off_orthonormal(out.p) <= orthonormal_to and off_orthonormal(out.q) <= orthonormal_to
+    return expected
+
+
 def some_of(rows):
     """A mask with ones and zeros, and a number below zero, which does not keep either."""
     return torch.tensor([1.0, 0.0, 2.0, 1.0, -1.0]).repeat(rows // 5 + 1)[:rows]
@@ -47,6 +64,7 @@ def some_of(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_matches_the_reference(dtype, layers):
     check(make(LAYERS[layers], dtype), eta=0.3, scaling=2.5, beta=0.8, decay=0.9)
+    check(make(LAYERS[layers], torch.float64, lam="equal"), eta=1e-3)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 13, 16, 17, 64, 128])
@@ -71,8 +89,7 @@ def test_a_number_for_each_layer():
     check(make(dtype=torch.float64), **numbers)
     alike = [make(dtype=torch.float64, momentum=False) for _ in range(2)]
     alike[1].give({n: alike[0].before[n] for n in ("gradient_p", "gradient_q")})
-    for one, other in zip(alike[1].tensors(), alike[0].tensors(), strict=True):
-        one.copy_(other)
+    take(alike[1], alike[0].tensors())
     alike[0].step(eta=0.25)
     alike[1].step(eta=torch.tensor(0.25))
     assert all(torch.equal(*pair) for pair in zip(*(c.tensors() for c in alike), strict=True))
@@ -121,10 +138,6 @@ def test_first_step(layers):
             assert ((layer.lam >= 0.05) & (layer.lam <= 0.2 + 1e-9)).all()
 
 
-def test_equal_singular_values():
-    check(make(dtype=torch.float64, lam="equal"), eta=1e-3)
-
-
 @pytest.mark.parametrize("rank_of_gradient", [0, 1, 2])
 @pytest.mark.parametrize("side", ["gradient_p", "gradient_q"])
 @pytest.mark.parametrize("lam", ["random", "zeros"])
@@ -136,11 +149,7 @@ def test_rank_deficient_gradients(lam, side, rank_of_gradient):
         t[rank_of_gradient:] = t[:1].clone() if rank_of_gradient == 1 else 0
     case.before[side] = own
     case.give({side: own})
-    case.step(eta=0.2)
-    for i in range(len(EQUAL)):
-        out, (ref, _) = case.layer(i), case.expected(i, eta=0.2)
-        assert_same({"dw": update(out)}, {"dw": update(ref)}, 5e-6)
-        assert off_orthonormal(out.p) <= 1e-6 and off_orthonormal(out.q) <= 1e-6
+    check_updates(case, 5e-6, eta=0.2)
 
 
 @pytest.mark.parametrize("lam", ["random", "zeros"])
@@ -151,12 +160,8 @@ def test_gradients_inside_the_span_of_the_factors(lam):
         turned = [orthonormal(len(t), len(t)).float() @ t for t in case.before[name]]
         case.before[f"gradient_{name}"] = turned
         case.give({f"gradient_{name}": turned})
-    case.step(eta=0.2)
-    for i in range(len(EQUAL)):
-        out, (ref, candidates) = case.layer(i), case.expected(i, eta=0.2)
-        assert_same({"dw": update(out)}, {"dw": update(ref)}, 1e-5)
+    for _, candidates in check_updates(case, 1e-5, eta=0.2):
         assert (candidates[3:] < 1e-6).all()
-        assert off_orthonormal(out.p) <= 1e-6 and off_orthonormal(out.q) <= 1e-6
 
 
 def test_a_step_that_cancels_a_layer():
@@ -207,8 +212,7 @@ def test_layers_that_stay_as_they_are(layers, what):
 def test_one_gradient_is_enough():
     """Where K is zero and L is not, there is a step; None stands for zeros."""
     case, other = make(), make()
-    for a, b in zip(other.tensors(), case.tensors(), strict=True):
-        a.copy_(b)
+    take(other, case.tensors())
     other.give({"gradient_p": case.before["gradient_p"]})
     for tensor in (*case.packed["gradient_q"], *other.packed["gradient_q"]):
         tensor.zero_()
@@ -247,23 +251,16 @@ def test_rows_keep_their_signs():
         assert relative_error(now, then) <= 1e-5
 
 
-def walk(case, steps):
-    torch.manual_seed(2)
-    for _ in range(steps):
-        for name in ("gradient_p", "gradient_q"):
-            for tensor in case.packed[name]:
-                tensor.normal_()
-        case.step(eta=0.05)
-    worst = max(off_orthonormal(f) for i in range(len(case.layers)) for f in case.layer(i)[0:3:2])
-    assert worst <= 1e-5
-    return worst
-
-
 @pytest.mark.parametrize("steps", [50, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layers", ["equal", "ragged"])
 def test_factors_stay_orthonormal(layers, steps):
     case = make(LAYERS[layers], lam="zeros", momentum=False)
-    walk(case, steps)
+    for _ in range(steps):
+        for tensor in (*case.packed["gradient_p"], *case.packed["gradient_q"]):
+            tensor.normal_()
+        case.step(eta=0.05)
+    rows = (f for i in range(len(case.layers)) for f in case.layer(i)[0:3:2])
+    assert all(off_orthonormal(f) <= 1e-5 for f in rows)
     assert case.lam.isfinite().all()
 
 
@@ -306,8 +303,7 @@ def test_the_gain_has_an_end(sign):
             momentum.copy_(sign * gradient)
     before = [t.clone() for t in case.tensors()]
     for rate, expected in ((1.5, 1.5), (1.5, 2.5)):
-        for tensor, old in zip(case.tensors(), before, strict=True):
-            tensor.copy_(old)
+        take(case, before)
         case.step(eta=0.1, log_gain=gain, gain_rate=rate)
         assert gain.item() == pytest.approx(sign * expected)
 

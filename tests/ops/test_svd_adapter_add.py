@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hal_kernels.ops import svd_adapter_add, svd_adapter_add_reference
 
-from .adapter_cases import BAD_ARGUMENTS, FACTORS
+from .adapter_cases import FACTORS
 from .adapter_contract import AdapterContract
 from .util import assert_same, bounds, relative_error, results
 
@@ -51,51 +49,20 @@ class TestSvdAdapterAdd(AdapterContract):
         assert out["out"].dtype == y
         assert_same(out, ref, bounds(max(y, x, key=lambda d: torch.finfo(d).eps), plain, ref))
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_autocast(self, dtype):
-        """Under autocast the base layer's output is 16 bits wide and its input float32."""
-        inputs = self.make((3, 5))
-        inputs["y"] = inputs["y"].to(dtype)
-
-        def under(function):
-            def run(**leaves):
-                with torch.autocast(inputs["x"].device.type, dtype):
-                    return function(**leaves)
-
-            return run
-
-        dy = self.upstream(inputs).to(dtype)
-        out = results(under(self.call()), inputs, dy)
-        ref = results(self.formula(), inputs, dy, cast=torch.float64)
-        plain = results(under(self.formula()), inputs, dy)
-        assert out["out"].dtype == dtype
-        assert_same(out, ref, bounds(dtype, plain, ref))
-
     def test_compile_with_x_as_the_base_output(self):
         inputs = self.make(d_out=12)
         del inputs["y"]
         self.check_compiled(lambda x, **factors: svd_adapter_add(x, x, **factors), inputs)
 
-    @given(st.data())
-    def test_random_shapes_and_options(self, data):
-        self.check_random_shapes_and_options(data)
-
-    @pytest.mark.parametrize("changes, exception, message", BAD_ARGUMENTS)
-    def test_bad_arguments(self, changes, exception, message):
-        self.check_error(changes, exception, message)
-
     @pytest.mark.parametrize(
         "changes, exception, message",
         [
-            ({"y": None}, TypeError, r"y is a NoneType, expected a torch.Tensor"),
-            ({"y": lambda t: t.char()}, TypeError, r"y has dtype torch.int8, expected a floating"),
             ({"y": lambda t: t[1:]}, ValueError, r"y has leading dimensions \(4,\), expected \(5,"),
             ({"y": lambda t: t[0]}, ValueError, r"y has leading dimensions \(\), expected \(5,\)"),
             ({"y": lambda t: t[:, 1:]}, ValueError, r"q has shape \(3, 7\), expected \(3, 6\)"),
             ({"x": lambda t: t[:, 1:]}, ValueError, r"p has shape \(3, 12\), expected \(3, 11\)"),
             ({"x": lambda t: t[0, 0], "y": lambda t: t[0]}, ValueError, r"x has shape \(\), exp"),
             ({"x": lambda t: t[0], "y": lambda t: t[0, 0]}, ValueError, r"y has shape \(\), exp"),
-            ({"y": lambda t: t.to("meta")}, ValueError, r"y is on meta, expected cpu"),
         ],
     )
     def test_bad_base_output(self, changes, exception, message):

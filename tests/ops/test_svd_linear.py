@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hal_kernels.ops import svd_linear, svd_linear_reference
 
-from .adapter_cases import BAD_ARGUMENTS, FACTORS, make_mask
+from .adapter_cases import FACTORS, make_mask
 from .adapter_contract import AdapterContract
-from .util import EXACT, assert_same, bounds, laid_out, relative_error, results
+from .util import DEVICE, EXACT, assert_same, autocast, laid_out, relative_error, results
 
 
 class TestSvdLinear(AdapterContract):
@@ -54,68 +52,28 @@ class TestSvdLinear(AdapterContract):
         ref = results(formula, inputs, dy, cast=torch.float64)
         assert_same(results(call, inputs, dy), ref, EXACT[torch.float32])
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("bias", [True, False])
-    def test_autocast(self, dtype, bias):
-        """float32 inputs: the output has autocast's dtype, the gradients are float32."""
-        inputs = self.make((3, 5))
-        inputs["bias"] = inputs["bias"] if bias else None
-        mask = make_mask("some", 3)
-
-        def under(function):
-            def run(**leaves):
-                with torch.autocast(inputs["x"].device.type, dtype):
-                    return function(**leaves)
-
-            return run
-
-        dy = self.upstream({**inputs, "x": inputs["x"].to(dtype)})
-        out = results(under(self.call(mask)), inputs, dy)
-        ref = results(self.formula(mask), inputs, dy, cast=torch.float64)
-        plain = results(under(self.formula(mask)), inputs, dy)
-        assert out["out"].dtype == dtype
-        assert_same(out, ref, bounds(dtype, plain, ref))
-
     def test_autocast_leaves_float64_alone(self):
-        inputs = self.make(dtype=torch.float64)
-        with torch.autocast(inputs["x"].device.type, torch.bfloat16):
-            self.check(inputs)
+        with torch.autocast(DEVICE.partition(":")[0], torch.bfloat16):
+            self.check(self.make(dtype=torch.float64))
 
     def test_compile_under_autocast(self):
-        def function(**inputs):
-            with torch.autocast(inputs["x"].device.type, torch.bfloat16):
-                return self.call()(**inputs)
-
-        self.check_compiled(function, self.make(), ["x", *FACTORS])
+        self.check_compiled(autocast(self.call(), torch.bfloat16), self.make(), ["x", *FACTORS])
 
     @pytest.mark.slow
     def test_compile_with_inductor(self):
         self.check_compiled(self.call(make_mask("some", 3)), self.make(), backend="inductor")
 
-    @given(st.data())
-    def test_random_shapes_and_options(self, data):
-        self.check_random_shapes_and_options(data)
-
-    @pytest.mark.parametrize("changes, exception, message", BAD_ARGUMENTS)
-    def test_bad_arguments(self, changes, exception, message):
-        self.check_error(changes, exception, message)
-
     @pytest.mark.parametrize(
         "changes, exception, message",
         [
-            ({"weight": None}, TypeError, r"weight is a NoneType, expected a torch.Tensor"),
-            ({"weight": lambda t: t.char()}, TypeError, r"weight has dtype torch.int8, expected"),
             ({"weight": lambda t: t[0]}, ValueError, r"weight has shape \(12,\), expected \[d_out"),
             ({"weight": lambda t: t.t()}, ValueError, r"x has shape \(5, 12\), expected .*7\]"),
             ({"x": lambda t: t[:, 1:]}, ValueError, r"x has shape \(5, 11\), expected .*12\]"),
             ({"x": lambda t: t[0, 0]}, ValueError, r"x has shape \(\), expected .*12\]"),
             ({"bias": lambda t: t[1:]}, ValueError, r"bias has shape \(6,\), expected \(7,\)"),
-            ({"bias": [0.0]}, TypeError, r"bias is a list"),
             ({"x": lambda t: t.half()}, TypeError, r"x has dtype torch.float16, weight torch.fl"),
             ({"weight": lambda t: t.double()}, TypeError, r"x has dtype .*, weight torch.float64"),
             ({"bias": lambda t: t.half()}, TypeError, r"x has dtype .*bias torch.float16"),
-            ({"weight": lambda t: t.to("meta")}, ValueError, r"weight is on meta, expected"),
-            ({"bias": lambda t: t.to("meta")}, ValueError, r"bias is on meta, expected"),
         ],
     )
     def test_bad_base_layer(self, changes, exception, message):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,6 +74,16 @@ def results(
     for name, gradient in zip(wanted, gradients, strict=True):
         assert gradient.dtype == leaves[name].dtype, f"d{name} has dtype {gradient.dtype}"
     return {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def autocast(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> Callable[..., Any]:
+    """`function` under autocast to `dtype`."""
+
+    def run(**leaves: Any) -> torch.Tensor:
+        with torch.autocast(DEVICE.partition(":")[0], dtype):
+            return function(**leaves)
+
+    return run
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -105,7 +105,7 @@ def test_export_of_any_adapter(hypernet, tmp_path):
     case = zoo.BY_NAME["mlp"]
     model = case.adapted(hypernet=hypernet, rank_pattern={"up.1": 6}, alpha_pattern={"down.0": 3.0})
     zoo.perturb(model)
-    adapter = model.base_model.hal_adapters["default"]
+    adapter = zoo.adapter_of(model)
     adapter.mask[:3] = 0.0  # up.0
     if hypernet == "direct":
         adapter.lam.data.mul_(adapter.mask)
@@ -161,44 +161,41 @@ def test_refused(tmp_path):
 UP, HEAD = "base_model.model.up.0.lora_", "base_model.model.classifier."
 
 
+def put(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+def drop(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def unprefixed(tensors):
+    return tensors.update({k.removeprefix("base_model.model."): tensors.pop(k) for k in [*tensors]})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{UP}E"), r"'up\.0' don't fit; missing \['E'\]"),
-        (lambda t: t.update({f"{UP}X": torch.ones(1)}), r"unexpected \['X'\]"),
+        (drop(f"{UP}E"), r"'up\.0' don't fit; missing \['E'\]"),
+        (put(f"{UP}X", torch.ones(1)), r"unexpected \['X'\]"),
+        (put(f"{UP}E", torch.ones(10**6, 1)), r"'A' for 'up\.0' has shape \(3, 16\)"),
+        (put(f"{UP}E", torch.ones(3)), r"'E' for 'up\.0' has shape \(3,\)"),
+        (put(f"{UP}A", torch.ones(3, 16).int()), r"'A' for 'up\.0' has dtype"),
+        (put(f"{UP}A", torch.ones(3, 16) / 0), r"'A' for 'up\.0' holds NaN or Inf"),
+        (put("base_model.model.x", torch.ones(1)), r"unexpected \['.*model\.x'\]"),
+        (drop(f"{HEAD}bias"), r"it lacks \['base_model\.model\.classifier\.bias'\]"),
         (
-            lambda t: t.update({f"{UP}E": torch.ones(10**6, 1)}),
-            r"'A' for 'up\.0' has shape \(3, 16\)",
-        ),
-        (lambda t: t.update({f"{UP}E": torch.ones(3)}), r"'E' for 'up\.0' has shape \(3,\)"),
-        (lambda t: t.update({f"{UP}A": torch.ones(3, 16).int()}), r"'A' for 'up\.0' has dtype"),
-        (
-            lambda t: t.update({f"{UP}A": torch.ones(3, 16) / 0}),
-            r"'A' for 'up\.0' holds NaN or Inf",
-        ),
-        (lambda t: t.update({"base_model.model.x": torch.ones(1)}), r"unexpected \['.*model\.x'\]"),
-        (lambda t: t.pop(f"{HEAD}bias"), r"it lacks \['base_model\.model\.classifier\.bias'\]"),
-        (
-            lambda t: [t.pop(f"{HEAD}{k}") for k in ("weight", "bias")],
+            drop(f"{HEAD}weight", f"{HEAD}bias"),
             r"it lacks .*classifier\.bias', .*weight'\], which AdaLoRA trained in full",
         ),
+        (unprefixed, r"tensors called \['classifier\.bias', .*'up\.1\.lora_E'\], expected names"),
         (
-            lambda t: t.update({k.removeprefix("base_model.model."): t.pop(k) for k in [*t]}),
-            r"tensors called \['classifier\.bias', .*'up\.1\.lora_E'\], expected names",
-        ),
-        (
-            lambda t: [t.pop(f"{UP}{k}") for k in "ABE"],
+            drop(*(f"{UP}{k}" for k in "ABE")),
             r"lacks the factors of \['up\.0'\], which its target_modules name",
         ),
-        (lambda t: t.update({f"{HEAD}bias": torch.ones(4)}), r"bias' .* has shape \(4,\)"),
-        (
-            lambda t: t.pop("base_model.model.down.1.lora_A"),
-            r"'down\.1' don't fit; missing \['A'\]",
-        ),
-        (
-            {"target_modules": ["0"]},
-            r"of \['down\.1', 'up\.1'\], which its target_modules do not",
-        ),
+        (put(f"{HEAD}bias", torch.ones(4)), r"bias' .* has shape \(4,\)"),
+        (drop("base_model.model.down.1.lora_A"), r"'down\.1' don't fit; missing \['A'\]"),
+        ({"target_modules": ["0"]}, r"of \['down\.1', 'up\.1'\], which its target_modules do not"),
         ("[" * 100_000, r"holds no checkpoint of PEFT's"),
         ("[]", r"holds no checkpoint of PEFT's"),
         (b"\xff" * 64, r"holds no checkpoint of PEFT's"),

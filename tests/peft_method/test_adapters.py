@@ -30,23 +30,13 @@ def plain(**options):
     return MLP.config(**ALONE | options)
 
 
-def hal(model, name="default"):
-    return model.base_model.hal_adapters[name]
-
-
 # PEFT warns of names that are part of a method's prefix, here "hal_"; they work.
 @pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained in the prefix")
 @pytest.mark.parametrize(
     ("name", "hypernet"),
-    [
-        ("other", None),
-        ("hal", None),
-        ("a", "bert"),
-        ("adapter", "direct"),
-        ("up", None),
-        ("model", "bert"),
-    ],
-)
+    [("other", None), ("hal", None), ("a", "bert"), ("adapter", "direct"), ("up", None),
+     ("model", "bert")],
+)  # fmt: skip
 def test_names(name, hypernet, tmp_path):
     """Saved under one name and loaded under another, whatever the names are part of."""
     base = MLP.base()
@@ -174,7 +164,7 @@ def test_adapters_set_on_the_layers():
     for layer in layers_of(model):
         layer.enable_adapters(False)
     assert torch.equal(zoo.logits(model, batch), base)
-    assert hal(model).disabled and hal(model, "other").disabled
+    assert zoo.adapter_of(model).disabled and zoo.adapter_of(model, "other").disabled
     for layer in layers_of(model):
         layer.enable_adapters(True)
         layer.merge()
@@ -205,7 +195,7 @@ def test_loading_beside_one_that_trains(tmp_path):
     assert all(after[name] == flag for name, flag in flags.items())
     assert not any(flag for name, flag in after.items() if ".other." in name)
     model.load_adapter(tmp_path, "third", is_trainable=True)
-    assert all(p.requires_grad for p in hal(model, "third").parameters())
+    assert all(p.requires_grad for p in zoo.adapter_of(model, "third").parameters())
 
 
 def test_only_the_active_adapter_advances():
@@ -220,12 +210,12 @@ def test_only_the_active_adapter_advances():
     assert penalty > 0.01
     torch.testing.assert_close(loss, task + penalty)
     zoo.train(model, batch, steps=2)
-    assert (hal(model).steps, hal(model, "other").steps) == (2, 0)
+    assert (zoo.adapter_of(model).steps, zoo.adapter_of(model, "other").steps) == (2, 0)
     assert sum(model.rank_pattern().values()) == 4 * 3 - 4
     assert set(model.rank_pattern("other").values()) == {4}
     model.set_adapter("other")
     zoo.train(model, batch, steps=1)
-    assert (hal(model).steps, hal(model, "other").steps) == (2, 1)
+    assert (zoo.adapter_of(model).steps, zoo.adapter_of(model, "other").steps) == (2, 1)
     with pytest.raises(ValueError, match="adapter_name is 'x', expected one of"):
         model.rank_pattern("x")
     model.base_model.set_adapter(["default", "other"])
@@ -234,7 +224,7 @@ def test_only_the_active_adapter_advances():
     with pytest.raises(ValueError, match="holds 2 adapters of which 2 are enabled"):
         hal_kernels.penalty(model)
     zoo.train(model, batch, steps=1)
-    assert (hal(model).steps, hal(model, "other").steps) == (3, 2)
+    assert (zoo.adapter_of(model).steps, zoo.adapter_of(model, "other").steps) == (3, 2)
 
 
 def test_hal_kernels_sees_the_active_adapter():
@@ -276,13 +266,13 @@ def test_compact(hypernet, tmp_path):
     model.save_pretrained(tmp_path / "full")
     model.compact()
     assert zoo.relative_error(zoo.logits(model, batch), expected) < 1e-6
-    assert hal(model).layout.ranks == list(ranks.values())
+    assert zoo.adapter_of(model).layout.ranks == list(ranks.values())
     model.save_pretrained(tmp_path / "compact")
     for low in (False, True):
         loaded = peft.PeftModel.from_pretrained(
             MLP.base(), tmp_path / "compact", low_cpu_mem_usage=low, is_trainable=True
         )
-        assert hal(loaded).layout.ranks == list(ranks.values())
+        assert zoo.adapter_of(loaded).layout.ranks == list(ranks.values())
         assert zoo.relative_error(zoo.logits(loaded, batch), expected) < 1e-6
         zoo.train(loaded, batch, steps=1)
     sizes = [(tmp_path / name / WEIGHTS).stat().st_size for name in ("compact", "full")]
@@ -297,12 +287,6 @@ def test_files_say_what_they_are(tmp_path):
     assert {f"{layer}.hal_{part}" for part in ("p", "lam", "q", "mask")} <= names
     assert "base_model.hal_adapter.progress" in names
     assert "base_model.model.classifier.weight" in names
-
-
-def rewritten(path, change):
-    tensors = load_file(path / WEIGHTS)
-    change(tensors)
-    save_file(tensors, path / WEIGHTS, {"format": "pt"})
 
 
 UP, HEAD = "base_model.model.up.0.hal_", "base_model.model.classifier."
@@ -347,7 +331,6 @@ def put(name, change):
 def test_files_that_do_not_fit(change, message, tmp_path):
     model = mlp()
     model.save_pretrained(tmp_path)
-    rewritten(tmp_path, lambda t: t.update({k: v.contiguous() for k, v in t.items()}))
     tensors = load_file(tmp_path / WEIGHTS)
     change(tensors)
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / WEIGHTS)

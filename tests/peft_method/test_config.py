@@ -212,7 +212,7 @@ def test_all_linear_is_saved_in_short():
 def test_dtype_of_the_layers(layers, adapters):
     """autocast_adapter_dtype=False asks for it; what adapters can't be is said."""
     model = peft.get_peft_model(MLP.base(dtype=layers), MLP.config(), autocast_adapter_dtype=False)
-    adapter = model.base_model.hal_adapters["default"]
+    adapter = zoo.adapter_of(model)
     expected = adapters or torch.float32
     assert {p.dtype for p in adapter.parameters()} == {adapter.config.dtype} == {expected}
     assert model.peft_config["default"].dtype == str(expected).removeprefix("torch.")
@@ -231,7 +231,7 @@ def test_the_callback_of_adalora():
 def test_factors_keep_their_dtype():
     for dtype in ("float64", "bfloat16"):
         model = peft.get_peft_model(MLP.base(), MLP.config(dtype=dtype, hypernet="bert"))
-        adapter = model.base_model.hal_adapters["default"]
+        adapter = zoo.adapter_of(model)
         assert {str(p.dtype) for p in adapter.parameters()} == {f"torch.{dtype}"}
 
 

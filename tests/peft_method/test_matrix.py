@@ -36,10 +36,6 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-def adapter_of(model, name="default"):
-    return model.base_model.hal_adapters[name]
-
-
 def trainable(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
@@ -103,9 +99,9 @@ def test_save_and_load(case, hypernet, tmp_path):
         loaded = peft.PeftModel.from_pretrained(case.base(), tmp_path)
     assert torch.equal(zoo.logits(loaded, batch), expected)
     assert not trainable(loaded)
-    assert adapter_of(loaded).steps == 2
-    for key, value in adapter_of(model).state_dict().items():
-        assert torch.equal(adapter_of(loaded).state_dict()[key], value), key
+    assert zoo.adapter_of(loaded).steps == 2
+    for key, value in zoo.adapter_of(model).state_dict().items():
+        assert torch.equal(zoo.adapter_of(loaded).state_dict()[key], value), key
 
 
 @KINDS
@@ -168,7 +164,7 @@ def test_safe_merge_rejects_nan(case):
     model = case.adapted()
     zoo.perturb(model)
     with torch.no_grad():
-        adapter_of(model).lam[-1] = torch.nan
+        zoo.adapter_of(model).lam[-1] = torch.nan
     before = {n: p.clone() for n, p in model.named_parameters() if "hal_adapters" not in n}
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
@@ -246,7 +242,7 @@ def test_half_precision_base(case, dtype):
     batch = case.batch(base)
     before = zoo.logits(base, batch)
     model = peft.get_peft_model(base, case.config())
-    assert {p.dtype for p in adapter_of(model).parameters()} == {torch.float32}
+    assert {p.dtype for p in zoo.adapter_of(model).parameters()} == {torch.float32}
     found = zoo.logits(model, batch)
     assert found.dtype == before.dtype == dtype and torch.equal(found, before)
     zoo.train(model, batch, steps=1, optimizer=torch.optim.SGD)  # AdamW's ε is zero in float16
@@ -274,7 +270,7 @@ def test_autocast(case):
         found = zoo.logits(model.eval(), batch)
     assert found.dtype == before.dtype
     assert zoo.relative_error(found, before) < 10 * torch.finfo(torch.bfloat16).eps
-    gradients = [p.grad for p in adapter_of(model).parameters()]
+    gradients = [p.grad for p in zoo.adapter_of(model).parameters()]
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
     assert zoo.logits(model, batch).dtype == torch.float32
 
@@ -322,9 +318,9 @@ def test_requires_grad_rules(case):
     model.set_requires_grad("default")
     assert trainable(model) == expected
     frozen = case.adapted(task_type=None, inference_mode=True)
-    assert not any(p.requires_grad for p in adapter_of(frozen).parameters())
+    assert not any(p.requires_grad for p in zoo.adapter_of(frozen).parameters())
     frozen.set_adapter("default")
-    assert all(p.requires_grad for p in adapter_of(frozen).parameters())
+    assert all(p.requires_grad for p in zoo.adapter_of(frozen).parameters())
 
 
 @EACH

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from training import train, trainable
 
 import hal_kernels
 from hal_peft.layer import HyperAdaLoraLinear
@@ -99,14 +100,7 @@ def check_training(model, inputs):
     reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert reached and all("hal" in name for name in reached)
     model.zero_grad()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    losses = []
-    for _ in range(6):
-        loss = model(**inputs)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, torch.optim.AdamW(trainable(model), lr=3e-2), [inputs] * 6)
     assert losses[-1] < losses[0]
     model.eval()
     after = frozen(model)
@@ -275,7 +269,7 @@ def test_safe_merge_rejects_nan(kind, base):
     zoo.perturb(model)
     inputs = batch(model)
     with torch.no_grad():
-        model.base_model.hal_adapters["default"].lam[-1] = torch.nan
+        zoo.adapter_of(model).lam[-1] = torch.nan
     with model.disable_adapter():
         expected = zoo.logits(model, inputs)
     weights = [id(m.base_layer.weight) for m in adapted_layers(model)]

@@ -8,6 +8,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import training
 import transformers
 from safetensors.torch import load_file
 
@@ -20,14 +21,10 @@ BERT, LLAMA, GPT2, T5, MLP = (zoo.BY_NAME[n] for n in ("bert", "llama", "gpt2", 
 KINDS = pytest.mark.parametrize("hypernet", [None, "bert"])
 
 
-def hal(model, name="default"):
-    return model.base_model.hal_adapters[name]
-
-
 def gradients(model, batch):
     model.zero_grad()
     model.train()(**batch)["loss"].backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return training.gradients(model)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +104,7 @@ def test_low_cpu_mem_usage(case, hypernet, tmp_path):
     expected = zoo.logits(model, batch)
     model.save_pretrained(tmp_path)
     empty = peft.get_peft_model(case.base(), case.config(hypernet=hypernet), low_cpu_mem_usage=True)
-    assert {p.device.type for p in hal(empty).parameters()} == {"meta"}
+    assert {p.device.type for p in zoo.adapter_of(empty).parameters()} == {"meta"}
     empty.load_adapter(tmp_path, "default", low_cpu_mem_usage=True)
     loaded = peft.PeftModel.from_pretrained(
         case.base(), tmp_path, low_cpu_mem_usage=True, is_trainable=True
@@ -120,7 +117,7 @@ def test_low_cpu_mem_usage(case, hypernet, tmp_path):
         # Tensors taken from the file lie at other addresses: sums of another order.
         assert zoo.relative_error(zoo.logits(each.eval(), batch), expected) < 1e-6
     zoo.train(loaded, batch, steps=1)
-    assert hal(loaded).steps == 3
+    assert zoo.adapter_of(loaded).steps == 3
 
 
 @pytest.mark.parametrize(
@@ -140,16 +137,10 @@ def test_compile(name, hypernet, tmp_path):
     compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager")
     assert zoo.relative_error(zoo.logits(compiled, batch), zoo.logits(eager, batch)) < 2e-5
     for model in (eager, compiled):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        model.train()
-        for _ in range(2):
-            model(**batch)["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        model.eval()
+        zoo.train(model, batch, steps=2, optimizer=torch.optim.SGD, lr=1e-3)
     expected = zoo.logits(eager, batch)
     assert zoo.relative_error(zoo.logits(compiled, batch), expected) < 1e-4
-    assert hal(compiled).steps == hal(eager).steps == 2
+    assert zoo.adapter_of(compiled).steps == zoo.adapter_of(eager).steps == 2
     compiled.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(case.base(), tmp_path)
     assert zoo.relative_error(zoo.logits(loaded, batch), expected) < 1e-4
@@ -185,14 +176,14 @@ def test_offloaded_layers(hypernet, tmp_path):
     )
     assert base.model.layers[1].mlp.up_proj.weight.is_meta
     model = peft.get_peft_model(base, LLAMA.config(hypernet=hypernet))
-    assert not any(t.is_meta for t in hal(model).state_dict().values())
+    assert not any(t.is_meta for t in zoo.adapter_of(model).state_dict().values())
     # PEFT's load_adapter would dispatch the model anew, which needs a GPU beside the disk.
     peft.set_peft_model_state_dict(
         model, load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     )
     assert zoo.relative_error(zoo.logits(model, batch), expected) < 2e-5
     model.train()(**batch)["loss"].backward()
-    assert all(p.grad is not None for p in hal(model).parameters())
+    assert all(p.grad is not None for p in zoo.adapter_of(model).parameters())
 
 
 def test_hooks_of_the_base_layer_are_run():
@@ -214,9 +205,7 @@ def test_siblings_compute_as_one(monkeypatch):
     calls = []
     original = shared_input.group_outputs
     monkeypatch.setattr(
-        shared_input,
-        "group_outputs",
-        lambda *args: calls.append(len(args[1])) or original(*args),
+        shared_input, "group_outputs", lambda *args: calls.append(len(args[1])) or original(*args)
     )
     model = LLAMA.adapted()
     zoo.perturb(model)
@@ -255,7 +244,7 @@ def test_moving_the_model():
     found = zoo.logits(double, MLP.batch(double))
     assert found.dtype == torch.float64 and zoo.relative_error(expected, found) < 2e-5
     zoo.train(double, MLP.batch(double), steps=1)
-    assert hal(double).steps == 1
+    assert zoo.adapter_of(double).steps == 1
 
 
 def test_no_warnings_of_ours(tmp_path):
@@ -284,5 +273,5 @@ def test_a_short_run_of_trainer_meets_its_rank_budget(tmp_path):
     transformers.Trainer(
         model, transformers.TrainingArguments(tmp_path, **options), train_dataset=rows
     ).train()
-    assert hal(model).config.total_step == 6
-    assert hal(model).mask.sum() == 2 * len(hal(model).layout.layers)
+    assert zoo.adapter_of(model).config.total_step == 6
+    assert zoo.adapter_of(model).mask.sum() == 2 * len(zoo.adapter_of(model).layout.layers)

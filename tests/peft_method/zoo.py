@@ -7,23 +7,14 @@ from typing import Any
 import models
 import peft
 import torch
+import training
 import transformers as hf
+from ops.util import relative_error  # noqa: F401  (the tests have it from here)
 from torch import nn
 
 import hal_peft
 
-SMALL = {
-    "vocab_size": models.VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 32,
-    "num_labels": models.CLASSES,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "problem_type": "single_label_classification",
-}
+SMALL = models.SIZES
 DECODER = SMALL | {"num_key_value_heads": 1, "use_cache": False}
 ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
@@ -249,6 +240,10 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 
 
+def adapter_of(model: nn.Module, name: str = "default") -> Any:
+    return model.base_model.hal_adapters[name]
+
+
 def logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return model(**batch)["logits"]
@@ -256,7 +251,7 @@ def logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 def perturb(model: peft.PeftModel, name: str = "default", size: float = 0.5) -> None:
     """Give an adapter singular values, as training would, and a ΔW of about the weights' size."""
-    adapter = model.base_model.hal_adapters[name]
+    adapter = adapter_of(model, name)
     with torch.no_grad():
         adapter.lam.normal_(std=size)
         if not adapter.direct:  # where it is an input only
@@ -275,15 +270,5 @@ def train(
     lr: float = 1e-2,
 ) -> None:
     """Some optimizer steps; the model is left in evaluation mode."""
-    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
-    model.train()
-    for _ in range(steps):
-        model(**batch)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    training.train(model.train(), optimizer(training.trainable(model), lr=lr), [batch] * steps)
     model.eval()
-
-
-def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
-    out, ref = out.double(), ref.double()
-    return float((out - ref).norm() / ref.norm())
