@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import launches, least, models, operator_cases, operators, report
+from bench import common, launches, least, models, operator_cases, operators, report
 from hal_kernels.kernels import configs
 
 ROOT = Path(__file__).parent.parent
@@ -64,8 +64,7 @@ def test_every_operator_is_measured_beside_its_floor(check):
     from hal_kernels.ops._library import TRITON
 
     cases = list(operator_cases.cases(torch.device("cpu"), quick=True, check=check))
-    # The spectral step has no time of its own yet: bench.step has it within a training step.
-    timed = {n for n in TRITON if not n.endswith("_backward")} - {"spectral_step_"}
+    timed = {n for n in TRITON if not n.endswith("_backward")}
     assert {c.operator for c in cases} == timed | {"svd_adapter_add", "svd_linear_penalty"}
     assert all(c.floor.moved > 0 for c in cases)
 
@@ -103,6 +102,42 @@ def test_operators_under_pytest_benchmark(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())["benchmarks"]
     assert {b["name"].split("float32-")[1] for b in found} == {"hal]", "eager]"}
+
+
+def test_a_wrong_spectral_step_is_seen():
+    """It works in place: each call starts from the same tensors, until it is timed."""
+    (case,) = (
+        c for c in operator_cases.cases(torch.device("cpu"), quick=True, check=True)
+        if c.operator == "spectral_step_"
+    )  # fmt: skip
+    before = {name: t.clone() for name, t in case.inputs.items()}
+
+    def off(i):
+        i["momentum_q0"] *= 1.01
+        return case.ours(i)
+
+    for _ in range(2):
+        assert operators.error(case.ours, case, None) < 1e-5
+        assert operators.error(off, case, None) > 1e-3
+    assert all(torch.equal(t, before[name]) for name, t in case.inputs.items())
+    step = operators.trained(case.ours, case)
+    (lam, *_), (later, *_) = (t[1:] for t in ([*step()], [*step()]))
+    assert lam is later and not torch.equal(lam, before["lam"])
+
+
+def test_rows_of_all_suites_may_share_a_file(tmp_path):
+    folder, file = tmp_path / "rows", tmp_path / "all.jsonl"
+    for out in (folder, file):
+        for suite in ("one", "other"):
+            common.append_row(suite, {"a": 1}, out)
+            common.append_row(suite, {"a": 2}, out)
+    assert sorted(path.name for path in folder.iterdir()) == ["one.jsonl", "other.jsonl"]
+    assert len(file.read_text().splitlines()) == 4
+    with (folder / "one.jsonl").open("a") as old:
+        old.write('{"a": 1}\n')  # rows did not always name their suite
+    assert [row["suite"] for row in common.stored("one", file, {"a": 1})] == ["one"]
+    assert [row["suite"] for row in common.stored("one", folder, {"a": 1})] == ["one", "one"]
+    assert common.stored("none", file, {}) == []
 
 
 def test_least_time_of_a_step(monkeypatch):
