@@ -138,13 +138,21 @@ def synchronize() -> None:
 
 
 class Clock:
-    """Seconds spent in named phases of one step."""
+    """Seconds spent in named phases of one step.
 
-    def __init__(self) -> None:
+    With `only` a single one is measured, and the host waits for the device before and after it
+    alone.
+    """
+
+    def __init__(self, only: str | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.only = only
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if self.only not in (None, name):
+            yield
+            return
         synchronize()
         start = time.perf_counter()
         yield
