@@ -15,7 +15,7 @@ sizes for pytest-benchmark.
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import quantiles
 from typing import Any
 
@@ -167,8 +167,19 @@ def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return moved / fastest(lambda: target.copy_(source)), flops / fastest(lambda: a @ a)
 
 
-def measure(case: Case, device: torch.device, compiled: bool, budget_s: float) -> dict[str, Any]:
-    functions = implementations(case, compiled)
+def measure(
+    case: Case,
+    device: torch.device,
+    compiled: bool,
+    budget_s: float,
+    others: Mapping[str, Function] | None = None,
+) -> dict[str, Any]:
+    """Errors and times of the implementations, and of `others` of the same formula.
+
+    Raises:
+        SystemExit: this library's is wrong.
+    """
+    functions = implementations(case, compiled) | dict(others or {})
     out = outputs(case.ours, leaves_of(case)[0])
     upstream = [torch.randn_like(t) for t in out] if out[0].dim() else None
     errors = {n: error(f, case, upstream) for n, f in functions.items() if n != "base GEMM"}
