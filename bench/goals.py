@@ -58,7 +58,7 @@ class Sizes:
     matrices: int = 448  # P and Q of Llama-3.1-8B's 224 layers
     layers: tuple[tuple[int, int], ...] = LLAMA_BLOCK * 32
     checked: int = 14  # of those, what the formula is computed for
-    inputs: int = 3  # of a kernel: three of 128 MB are larger than any cache
+    inputs: int = 3  # of a kernel, in turn: x of 64 MB three times is beyond any cache
     copied: int = 1 << 28
     roberta: Callable[[], Base] = roberta_base
     batches: tuple[int, ...] = (1, 8)
