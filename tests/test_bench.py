@@ -1,5 +1,6 @@
 """The benchmarks' own judgement: budgets that can be missed, tables that can be old."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,11 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import common, goals, launches, least, models, operator_cases, operators, report
+from bench import common, goals, launches, least, models, operator_cases, operators, replay, report
 from hal_kernels.kernels import configs
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +125,56 @@ def test_a_wrong_spectral_step_is_seen():
     step = operators.trained(case.ours, case)
     (lam, *_), (later, *_) = (t[1:] for t in ([*step()], [*step()]))
     assert lam is later and not torch.equal(lam, before["lam"])
+
+
+@pytest.fixture
+def faked_gpu(monkeypatch):
+    """What is asked of a GPU to take times, by name; an interval lasts 24 µs."""
+    log = []
+
+    def noted(name, result=None):
+        return lambda *args, **_: log.append(name) or result
+
+    event = SimpleNamespace(
+        record=noted("event"), synchronize=noted("wait"), elapsed_time=lambda stop: 0.024
+    )
+    graph = SimpleNamespace(replay=noted("replay"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext(log.append("in")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    empty = SimpleNamespace(zero_=noted("flush"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: empty)
+    return log
+
+
+def test_kernels_are_timed_by_replays_of_launches_that_take_turns(faked_gpu):
+    runs = [lambda n=n: faked_gpu.append(n) for n in range(3)]
+    found = replay.replayed(runs, torch.device("cuda"))
+    taken = ["event", "replay", "event", "wait"] * (replay.REPLAYS + 3)
+    assert faked_gpu == [0, 1, 2, "in", *[0, 1, 2] * (replay.LAUNCHES // 3), *taken]
+    assert found["median_us"] == pytest.approx(24 / replay.LAUNCHES)
+
+
+def test_operators_are_timed_behind_a_sleep_of_the_gpu(faked_gpu):
+    steps = {"hal": lambda: faked_gpu.append("step")}
+    found = operators.time_all(steps, torch.device("cuda"), 0.0)
+    assert faked_gpu == ["step"] * 3 + ["flush", "sleep", "event", "step", "event", "wait"] * 5
+    assert found["hal"]["median_us"] == pytest.approx(24) and found["hal"]["repeats"] == 5
+
+
+@pytest.mark.parametrize("launched", range(4))
+def test_kernels_of_the_spectral_step_are_left_out_from_the_end(launched):
+    kernels = replay.SPECTRAL[:launched]
+    before = {name: getattr(replay.spectral_kernels, f"{name}_kernel") for name in replay.SPECTRAL}
+    with replay.launching(kernels):
+        for name, kernel in before.items():
+            now = getattr(replay.spectral_kernels, f"{name}_kernel")
+            assert (now is kernel) == (name in kernels)
+            if now is not kernel:
+                now[(1,)](1, R=8)
+    assert all(getattr(replay.spectral_kernels, f"{n}_kernel") is k for n, k in before.items())
 
 
 def test_rows_of_all_suites_may_share_a_file(tmp_path):
