@@ -101,10 +101,12 @@ bench: install ## measure training steps beside LoRA, AdaLoRA and the frozen mod
 
 # Every suite in small, each under two minutes; rows go to build/bench, which no report reads. Suites
 # that train on a task need DATA, the folder of its JSONL files.
-SUITES = launches overhead operators step table7 scaling
+SUITES = launches overhead operators step table7 scaling goals
 DATA_SUITES = convergence gamma similarity training_time quality
 
 bench-quick: $(addprefix quick-,$(SUITES) $(if $(DATA),$(DATA_SUITES))) ## run every benchmark suite in small (DATA=folder adds those that train)
+
+quick-goals: export TRITON_INTERPRET = 1
 
 # A row of before would spare a suite its run.
 quick-%: install

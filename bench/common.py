@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -25,8 +26,14 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft")
 
 def machine() -> dict[str, Any]:
     """Processor, GPU, thread count, versions and commit: what a row needs to be read later."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"time": now, **_this_run()}
+
+
+@functools.cache
+def _this_run() -> dict[str, Any]:
+    """What stays: asked for once, since nvidia-smi and git take a while and rows are many."""
     info: dict[str, Any] = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", _module_name(), *map(_without_folder, sys.argv[1:])]),
         "commit": _commit(),
         "cpu": _cpu_name(),
@@ -48,7 +55,12 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit, "-dirty" where files differ from it other than what runs themselves write."""
+    """The commit, "-dirty" where files differ from it other than what runs themselves write.
+
+    Where there is no git, what COMMIT in the environment says.
+    """
+    if not _git("rev-parse", "HEAD"):
+        return os.environ.get("COMMIT", "")
     outputs = (f":(top,exclude){folder}" for folder in ("bench/results", "docs/results"))
     changed = _git("status", "--porcelain", "--", ":(top)", *outputs)
     return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
@@ -86,17 +98,25 @@ def _git(*arguments: str) -> str:
     return _first_line("git", "-C", str(Path(__file__).parent), *arguments)
 
 
-def append_row(name: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
-    """Append one row, with the machine it came from, to ``<folder>/<name>.jsonl``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.jsonl").open("a") as file:
-        file.write(json.dumps(row | {"machine": machine()}) + "\n")
+def rows_file(suite: str, out: Path) -> Path:
+    """Where a suite's rows go: ``<out>/<suite>.jsonl``; `out` itself, if it is a .jsonl file."""
+    return out if out.suffix == ".jsonl" else out / f"{suite}.jsonl"
 
 
-def stored(path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a file, if it is there, with these fields; oldest first."""
+def append_row(suite: str, row: dict[str, Any], out: Path = RESULTS) -> None:
+    """Append one row, with its suite and the machine it came from, to `rows_file`."""
+    path = rows_file(suite, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"suite": suite} | row | {"machine": machine()}) + "\n")
+
+
+def stored(suite: str, out: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """A suite's rows in its `rows_file`, if that is there, with these fields; oldest first."""
+    path = rows_file(suite, out)
     lines = path.read_text().splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines]
+    wanted = {"suite": suite} | wanted
+    found = [{"suite": suite} | json.loads(line) for line in lines]  # older rows do not name it
     return [row for row in found if all(row.get(k) == v for k, v in wanted.items())]
 
 
@@ -118,13 +138,21 @@ def synchronize() -> None:
 
 
 class Clock:
-    """Seconds spent in named phases of one step."""
+    """Seconds spent in named phases of one step.
 
-    def __init__(self) -> None:
+    With `only` a single one is measured, and the host waits for the device before and after it
+    alone.
+    """
+
+    def __init__(self, only: str | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.only = only
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if self.only not in (None, name):
+            yield
+            return
         synchronize()
         start = time.perf_counter()
         yield
@@ -201,6 +229,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--quick", action="store_true", help="few repeats, small sizes")
-    options.add_argument("--out", type=Path, default=RESULTS, help="folder for rows of results")
+    options.add_argument("--out", type=Path, default=RESULTS, help="folder or .jsonl file of rows")
     options.add_argument("--no-save", action="store_true", help="print only")
     return options

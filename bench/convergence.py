@@ -10,8 +10,7 @@ a question how many calculations its answer takes, of ``gsm8k_train`` and ``_tes
 warm-up and schedule are the same for all methods; r = 3 and nothing is pruned, unless --rank and
 --init-rank say otherwise. Each run appends a row with its whole loss curve; a run that has a row is
 not run again, so the command can be stopped and repeated. At the end: for each method the mean
-number of steps and seconds until the running mean of the loss (over 20 steps) is below the target,
-and a plot.
+number of steps and seconds until the running mean of the loss (over 20 steps) is below the target.
 """
 
 import itertools
@@ -269,7 +268,7 @@ def main() -> int:
     # Rows name the model, not where it lies.
     model = Path(arguments.model).name or "MiniLM-L6"
     source = arguments.model or packaged_model()
-    path, console = Path(arguments.out) / "convergence.jsonl", Console()
+    console = Console()
     common = {
         "task": arguments.task, "steps": arguments.steps, "rank": arguments.rank,
         "init_rank": arguments.init_rank or arguments.rank, "model": model,
@@ -282,16 +281,16 @@ def main() -> int:
         grid = arguments.lr or GRIDS[next(own for own in GRIDS if method.startswith(own))]
         for lr in grid[:1] if arguments.quick else grid:
             key = common | {"method": method, "lr": lr, "seed": seed}
-            if stored(path, key):
+            if stored("convergence", arguments.out, key):
                 continue
             result = run(key, source, arguments.data)
-            append_row("convergence", key | result, Path(arguments.out))
+            append_row("convergence", key | result, arguments.out)
             console.print(
                 f"{method} lr {lr:g} seed {seed}: last loss "
                 f"{statistics.fmean(result['losses'][-WINDOW:]):.3f}, accuracy "
                 f"{result['accuracy']:.3f}, {sum(result['seconds']):.0f} s"
             )
-    rows = stored(path, common)
+    rows = stored("convergence", arguments.out, common)
     rows = [row for row in rows if row["method"] in arguments.method]
     found = summary(rows, arguments.target)
     table = Table(title=f"{arguments.task}: until the mean loss is {arguments.target:g}")
@@ -308,13 +307,7 @@ def main() -> int:
         )["lr"]
         for method in dict.fromkeys(e["method"] for e in found)
     }
-    if best and not arguments.no_save:
-        name = f"convergence-{arguments.task}.png"
-        from .plots import curves
-
-        shown = {m: [r for r in rows if (r["method"], r["lr"]) == (m, best[m])] for m in best}
-        curves(shown, "training loss (nats)", Path(arguments.out) / name)
-        console.print(f"best learning rates {best}; plot in {Path(arguments.out) / name}")
+    console.print(f"best learning rates {best}")
     return 0
 
 

@@ -162,7 +162,7 @@ def main() -> int:
                 rates, seed = (None,), None
             for lr in rates[:1] if arguments.quick else rates:
                 key = common | {"method": method, "lr": lr, "seed": seed}
-                found = stored(arguments.out / "language.jsonl", key)
+                found = stored("language", arguments.out, key)
                 if not found:
                     subject = subject or pretrained(arguments.model)
                     data = data or Batches(arguments, name, subject[1])

@@ -6,7 +6,7 @@ which any adapter in the first layer needs.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -132,10 +132,23 @@ def sharing(model: nn.Module, head: str) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for t in tensors if id(t) not in own})
 
 
+class Outputs(nn.Module):
+    """Loss and logits of a model, from the tensors of a batch alone."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, list(names)
+
+    def forward(self, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.model(**dict(zip(self.names, batch, strict=True)))
+        return out.loss, out.logits.detach()
+
+
 class Method:
     """One method on the frozen weights of `model`, which other methods may use as well.
 
-    `options` are those of `build`.
+    Without `phases` a step is timed as a whole: on a GPU its phases overlap then, as they do in
+    training. `options` are those of `build`.
     """
 
     def __init__(
@@ -146,9 +159,10 @@ class Method:
         device: torch.device,
         *,
         lr: float = 1e-5,
+        phases: bool = True,
         **options: int,
     ) -> None:
-        self.name, self.clock, self.steps = name, Clock(), 0
+        self.name, self.clock, self.steps = name, Clock(None if phases else "step"), 0
         own = sharing(model, base.head)
         adapted: Any = build(name, own, base.targets, base.head, **options)
         adapted = adapted.to(device)
@@ -161,13 +175,42 @@ class Method:
         elif name.startswith("hal"):
             self._time_phases(adapted.hal)
         self.model: nn.Module = adapted.train()
-        trained = [p for p in adapted.parameters() if p.requires_grad]
-        self.trained_parameters = sum(p.numel() for p in trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=lr)
+        self.graphed: Callable[..., Any] | None = None
+        self.trained = [p for p in adapted.parameters() if p.requires_grad]
+        self.trained_parameters = sum(p.numel() for p in self.trained)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=lr)
 
     def _time_phases(self, adapter: Any) -> None:
         adapter.loss_term = self.clock.wrap("penalty", adapter.loss_term)
         adapter.after_optimizer_step = self.clock.wrap("allocation", adapter.after_optimizer_step)
+
+    def capture(self, batch: dict[str, torch.Tensor]) -> None:
+        """Make forward and backward CUDA graphs, for batches of this one's shape.
+
+        Raises:
+            RuntimeError: they leave other gradients than without graphs.
+        """
+        expected = self._gradients(batch)
+        self.graphed = torch.cuda.make_graphed_callables(
+            Outputs(self.model, batch), tuple(batch.values()), allow_unused_input=True
+        )
+        for found, own in zip(self._gradients(batch), expected, strict=True):
+            error = float((found - own).norm() / own.norm().clamp(min=1e-30))
+            if not error <= 1e-3:
+                raise RuntimeError(f"a captured gradient has relative error {error:.1e}")
+
+    def _gradients(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Of every trained parameter; zeros where there is none."""
+        self._forward(batch)[0].backward()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.trained]
+        self.optimizer.zero_grad()
+        return found
+
+    def _forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.graphed is not None:
+            return self.graphed(*batch.values())  # type: ignore[no-any-return]
+        out = self.model(**batch)
+        return out.loss, out.logits.detach()
 
     def step(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         """One training step; seconds spent in each of its phases."""
@@ -175,16 +218,15 @@ class Method:
         clock = self.clock
         with clock.phase("step"):
             with clock.phase("forward"):
-                out = self.model(**batch)
+                loss, self.logits = self._forward(batch)
             with clock.phase("backward"):
-                out.loss.backward()
+                loss.backward()
             with clock.phase("optimizer"):
                 self.optimizer.step()
             if self.allocate is not None:
                 with clock.phase("allocation"):
                     self.allocate()
             self.optimizer.zero_grad()
-        self.logits = out.logits.detach()
         seconds = clock.take()
         if "inner forward" in seconds:  # PEFT adds its penalty around the model's forward
             seconds["penalty"] = seconds["forward"] - seconds.pop("inner forward")

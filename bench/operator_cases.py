@@ -11,6 +11,13 @@ from hal_kernels import ops
 from hal_kernels.ops.svd_linear import layer_output, layer_penalty
 from tools import traffic
 
+from .spectral_layers import SpectralLayers
+
+# The adapted layers of a block of Llama-3.1-8B, as (d_in, d_out).
+LLAMA_BLOCK = (
+    (4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336),
+    (14336, 4096),
+)  # fmt: skip
 Inputs = dict[str, Any]
 Outputs = torch.Tensor | Sequence[torch.Tensor]
 Function = Callable[[Inputs], Outputs]
@@ -28,6 +35,7 @@ class Case:
     floor: traffic.Traffic  # of forward and backward
     frozen: tuple[str, ...] = ()  # inputs whose names begin so need no gradient
     peft: Callable[[], Function] | None = None
+    formula_timed: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,6 +212,29 @@ def penalty_case(matrices: int, r: int, d: int, device: torch.device) -> Case:
     )
 
 
+def spectral_case(
+    name: str, widths: Sequence[tuple[int, int]], r: int, device: torch.device
+) -> Case:
+    """The spectral step of layers of these widths, without gradients: it works in place.
+
+    For its error each call gets tensors of its own. It is timed on the same ones again and again,
+    with the same gradients: each step starts where the last one ended. The formula goes layer by
+    layer through SVDs on the CPU, and is timed only there.
+    """
+    layers = SpectralLayers(widths, r, device)
+    parts = layers.traffic()
+    return Case(
+        "spectral_step_",
+        f"{len(widths)} layers {name} r={r}",
+        layers.step,
+        layers.formula,
+        layers.inputs(),
+        parts["gram"] + parts["solve"] + parts["write"],
+        frozen=("",),
+        formula_timed=device.type == "cpu",
+    )
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -217,6 +248,12 @@ def cases(device: torch.device, quick: bool, check: bool) -> Iterator[Case]:
     bf16, fp32 = torch.bfloat16, torch.float32
     small = check or quick
     yield penalty_case(5 if small else 144, 5, 37 if small else 768, device)
+    if check:
+        yield spectral_case("of odd widths", ((37, 48), (48, 29), (37, 29)), 3, device)
+    elif gpu:
+        yield spectral_case("of Llama-3.1-8B", LLAMA_BLOCK * 32, 16, device)
+    else:
+        yield spectral_case("768→768", ((768, 768),) * (8 if quick else 72), 5, device)
     if check:
         for dtype in (fp32, bf16):
             yield svd_linear_case(33, 48, 80, 3, dtype, device)

@@ -15,7 +15,7 @@ sizes for pytest-benchmark.
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import quantiles
 from typing import Any
 
@@ -26,13 +26,14 @@ from hal_kernels.kernels.configs import architecture_of
 from .common import append_row, parser, synchronize
 from .operator_cases import Case, Function, Inputs, cases
 
+CYCLES_PER_US = 2000  # of a GPU's clock, at most
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative: TF32x3 sums; 2⁻⁷ in long sums
 
 
 def leaves_of(case: Case, dtype: torch.dtype | None = None) -> tuple[Inputs, list[torch.Tensor]]:
-    """Inputs, and those of them whose gradients are wanted."""
+    """Copies of the inputs, and those of them whose gradients are wanted."""
     leaves = {
-        name: t.detach().to(dtype or t.dtype).requires_grad_(not name.startswith(case.frozen))
+        name: t.to(dtype or t.dtype, copy=True).requires_grad_(not name.startswith(case.frozen))
         for name, t in case.inputs.items()
     }
     return leaves, [t for t in leaves.values() if t.requires_grad]
@@ -76,7 +77,9 @@ def error(function: Function, case: Case, upstream: list[torch.Tensor] | None) -
 
 
 def implementations(case: Case, compiled: bool) -> dict[str, Function]:
-    found: dict[str, Function] = {"hal": case.ours, "eager": case.formula}
+    found: dict[str, Function] = {"hal": case.ours}
+    if case.formula_timed:
+        found["eager"] = case.formula
     if compiled:
         found["compile"] = torch.compile(case.formula, dynamic=False)
     if case.peft is not None:
@@ -103,12 +106,19 @@ def trained(function: Function, case: Case) -> Callable[[], object]:
 def time_all(
     steps: dict[str, Callable[[], object]], device: torch.device, budget_s: float
 ) -> dict[str, Any]:
-    """Median and quartiles of each, in µs, interleaved."""
+    """Median and quartiles of each, in µs, interleaved.
+
+    On a GPU with empty caches, and behind a sleep of the device that lasts until the host has
+    launched everything: the device's time alone.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
+    host_us = {}
+    for name, step in steps.items():
         step()
         step()
-    synchronize()
+        synchronize()
+        host_us[name] = _host_us(step)
+        synchronize()
     end = time.perf_counter() + budget_s
     if device.type == "cuda":
         flush = torch.empty(1 << 26, dtype=torch.int32, device=device)  # as large as any L2
@@ -117,20 +127,25 @@ def time_all(
             if device.type == "cuda":
                 flush.zero_()
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(int(1.5 * CYCLES_PER_US * host_us[name]))
                 start.record()
                 step()
                 stop.record()
                 stop.synchronize()
                 samples[name].append(1e3 * start.elapsed_time(stop))
             else:
-                begin = time.perf_counter()
-                step()
-                samples[name].append(1e6 * (time.perf_counter() - begin))
+                samples[name].append(_host_us(step))
     found = {}
     for name, values in samples.items():
         low, middle, high = quantiles(values, n=4)
         found[name] = {"median_us": middle, "q1_us": low, "q3_us": high, "repeats": len(values)}
     return found
+
+
+def _host_us(step: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    step()
+    return 1e6 * (time.perf_counter() - begin)
 
 
 @functools.cache
@@ -145,18 +160,27 @@ def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     def fastest(run: Callable[[], object]) -> float:
         times = []
         for _ in range(50):  # half a second, so that no burst of other work covers all of it
-            begin = time.perf_counter()
-            run()
-            times.append(1e6 * (time.perf_counter() - begin))
+            times.append(_host_us(run))
         return min(times)
 
     moved, flops = 2 * source.numel() * 4, 2 * 1024**3
     return moved / fastest(lambda: target.copy_(source)), flops / fastest(lambda: a @ a)
 
 
-def measure(case: Case, device: torch.device, compiled: bool, budget_s: float) -> dict[str, Any]:
-    functions = implementations(case, compiled)
-    out = outputs(case.ours, case.inputs)
+def measure(
+    case: Case,
+    device: torch.device,
+    compiled: bool,
+    budget_s: float,
+    others: Mapping[str, Function] | None = None,
+) -> dict[str, Any]:
+    """Errors and times of the implementations, and of `others` of the same formula.
+
+    Raises:
+        SystemExit: this library's is wrong.
+    """
+    functions = implementations(case, compiled) | dict(others or {})
+    out = outputs(case.ours, leaves_of(case)[0])
     upstream = [torch.randn_like(t) for t in out] if out[0].dim() else None
     errors = {n: error(f, case, upstream) for n, f in functions.items() if n != "base GEMM"}
     if not errors["hal"] <= BOUNDS[case.dtype]:

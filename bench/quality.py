@@ -272,7 +272,7 @@ def measured(arguments: argparse.Namespace, name: str, console: Console) -> list
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task(name, total=len(keys))
         for key in keys:
-            found = stored(arguments.out / "quality.jsonl", key)
+            found = stored("quality", arguments.out, key)
             if not found:
                 if subject is None:
                     task = load(arguments, name)

@@ -1,14 +1,16 @@
 """Tables of the documentation, from the rows under bench/results.
 
-    python -m bench.report [--check]
+    python -m bench.report [--check] [--add FILE]
 
 Rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in README.md and docs/,
 from the newest row of each kind; one is computed (`bench.communication`). Writes the pages of
 docs/results with their plots, one for each suite that has rows. ``--check`` changes nothing, and
-fails if a table or a page is out of date.
+fails if a table or a page is out of date. ``--add`` first takes over the rows of a file that suites
+share, as bench/gpu.sh leaves one.
 """
 
 import argparse
+import json
 import math
 import re
 import statistics
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import communication, pages
+from .common import RESULTS, rows_file
 from .convergence import WINDOW, reached
 from .rows import Row, markdown, newest, rows, source
 
@@ -268,10 +271,20 @@ def updated(text: str) -> str:
     return BLOCK.sub(table, text)
 
 
+def take_over(path: Path) -> None:
+    """Append each row of a shared file to its suite's own."""
+    for line in path.read_text().splitlines():
+        with rows_file(json.loads(line)["suite"], RESULTS).open("a") as file:
+            file.write(line + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if one is old")
+    parser.add_argument("--add", type=Path, metavar="FILE", help="rows to take over")
     arguments = parser.parse_args()
+    if arguments.add:
+        take_over(arguments.add)
     old = []
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text()

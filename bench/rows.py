@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 def rows(name: str, **wanted: Any) -> list[Row]:
     """Rows of ``<name>.jsonl`` with these fields, oldest first; those of --quick do not count."""
-    found = stored(RESULTS / f"{name}.jsonl", wanted)
+    found = stored(name, RESULTS, wanted)
     return [row for row in found if "--quick" not in row["machine"]["command"].split()]
 
 

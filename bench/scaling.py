@@ -6,8 +6,8 @@ One of the five is varied at a time, the others small, on a RoBERTa of random we
 layers a block; heads of 64, an inner width of four times the width), so that what a method costs
 beyond the arithmetic of the model shows. Frozen model, floor, LoRA, AdaLoRA and this library take
 steps in turn, with the checks of bench.table7: what fails them writes no row. A row is appended for
-each point as it is done, and at the end a plot, scaling.png. Beside each time stands what the step
-takes at least by prediction (bench.least).
+each point as it is done. Beside each time stands what the step takes at least by prediction
+(bench.least).
 
 Processes (bench.data_parallel) are of one thread each, so that more of them than there are cores
 share these, or of one GPU each, where there are as many. The tokens are those of each. What each
@@ -119,7 +119,7 @@ def main() -> int:
     arguments = options.parse_args()
     if arguments.quick:
         arguments.repeats, arguments.warmup = 2, 1
-    console, rows = Console(), []
+    console = Console()
     for name in arguments.axis:
         axis = AXES[name]
         heading = f"ms a step ≥ prediction: {title(name, axis.points[0])}"
@@ -131,7 +131,6 @@ def main() -> int:
                 "title": title(name, point), "point": dataclasses.asdict(point),
                 "repeats": arguments.repeats, "methods": results,
             }  # fmt: skip
-            rows.append(row)
             if not arguments.no_save:
                 append_row("scaling", row, arguments.out)
             base = roberta_base(layers=point.layers, width=point.width)
@@ -139,11 +138,6 @@ def main() -> int:
             cells = (f"{results[m]['step']['median_ms']:.1f} ≥ {least[m]:.1f}" for m in METHODS)
             view.add_row(str(row["value"]), *cells)
         console.print(view)
-    if not arguments.no_save:
-        from .plots import scaling
-
-        scaling(rows, arguments.out / "scaling.png")
-        console.print(f"plot in {arguments.out / 'scaling.png'}")
     return 0
 
 

@@ -4,10 +4,10 @@
 
 The paper's columns are AdaLoRA and HyperAdaLoRA ("hal-hyper" here); beside them the frozen model,
 the floor of any adapter, PEFT's LoRA and DoRA, and AdaLoRA on these kernels ("hal-direct"). Weights
-are random, sequences of 128, the rank 3 (initially 5). Memory is measured in a process for each
-method (of the GPU: allocated and reserved; else resident); what runs out of it is left out of the
-timing, where all methods take steps in turn; "at least" is what a step takes by prediction
-(bench.least). A row is appended for each batch size as it is done.
+are random, sequences of 128, the rank 3 (initially 5). Memory is measured of one method at a time
+(bench.memory: of the GPU, allocated and reserved; else resident, in a process for each); what runs
+out of it is left out of the timing, where all methods take steps in turn; "at least" is what a step
+takes by prediction (bench.least). A row is appended for each batch size as it is done.
 
 All methods must start from the same loss, and bring it down: a run in which one does not writes no
 row.
@@ -21,19 +21,9 @@ from rich.table import Table
 
 from .common import append_row, parser
 from .least import least_ms
-from .memory import base_of, model_options
+from .memory import base_of, model_options, peaks
 from .methods import ALL_METHODS, WARMUP
-from .training_step import measure, memory_of, this_device
-
-
-def model_arguments(arguments: Any) -> list[str]:
-    """The options of bench.memory for the same model."""
-    found = ["--model", arguments.model]
-    if arguments.layers is not None:
-        found += ["--layers", str(arguments.layers)]
-    if arguments.gradient_checkpointing:
-        found += ["--gradient-checkpointing"]
-    return found
+from .training_step import measure, this_device
 
 
 def table(title: str, results: dict[str, dict[str, Any]], least: dict[str, float]) -> Table:
@@ -71,12 +61,8 @@ def main() -> int:
     base = base_of(arguments)
     base.require_memory(device)
     for batch in arguments.batch:
-        results: dict[str, dict[str, Any]] = {}
-        with console.status("memory") as status:
-            for name in arguments.method:
-                status.update(f"memory, batch {batch}: {name}")
-                model = model_arguments(arguments)
-                results[name] = memory_of(name, batch, arguments.length, *model)
+        with console.status(f"memory, batch {batch}"):
+            results = peaks(base, arguments.method, batch, arguments.length)
         fitting = [name for name in results if "peak_mb" in results[name]]
         if fitting:
             times = measure(

@@ -78,7 +78,7 @@ class Runs:
         } | own
 
     def stored(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        return next(iter(stored(self.arguments.out / f"{self.suite}.jsonl", key)), None)
+        return next(iter(stored(self.suite, self.arguments.out, key)), None)
 
     def train(
         self, key: dict[str, Any], look: Callable[[Any], dict[str, Any]] = lambda model: {}

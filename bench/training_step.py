@@ -1,6 +1,5 @@
 """Training steps of several methods on one base model: timed in turn, checked, and their memory."""
 
-import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from hal_kernels.nn.processes import average_
 
-from .common import in_own_process, interleaved, summary
+from .common import interleaved, summary
 from .methods import Method, batch_of
 from .models import Base
 
@@ -104,17 +103,3 @@ def check_end(first: dict[str, float], last: dict[str, float], tolerance: float)
     for name, loss in last.items():
         if not loss <= first[name] * (1 + tolerance):
             raise SystemExit(f"{name}: the loss of the batch went from {first[name]} to {loss}")
-
-
-def memory_of(method: str, batch: int, length: int, *model: str) -> dict[str, Any]:
-    """Peak memory of a few steps of one method, in a process of its own: see bench.memory.
-
-    Args:
-        model: its options of bench.memory.
-    """
-    gc.collect()  # models measured before, which would take that process's memory
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return in_own_process(
-        "bench.memory", "--method", method, "--batch", str(batch), "--length", str(length), *model
-    )

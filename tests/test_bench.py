@@ -1,5 +1,6 @@
 """The benchmarks' own judgement: budgets that can be missed, tables that can be old."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,11 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import launches, least, models, operator_cases, operators, report
+from bench import common, goals, launches, least, models, operator_cases, operators, replay, report
 from hal_kernels.kernels import configs
 
 ROOT = Path(__file__).parent.parent
@@ -61,8 +63,7 @@ def test_every_operator_is_measured_beside_its_floor(check):
     from hal_kernels.ops._library import TRITON
 
     cases = list(operator_cases.cases(torch.device("cpu"), quick=True, check=check))
-    # The spectral step has no time of its own yet: bench.step has it within a training step.
-    timed = {n for n in TRITON if not n.endswith("_backward")} - {"spectral_step_"}
+    timed = {n for n in TRITON if not n.endswith("_backward")}
     assert {c.operator for c in cases} == timed | {"svd_adapter_add", "svd_linear_penalty"}
     assert all(c.floor.moved > 0 for c in cases)
 
@@ -100,6 +101,92 @@ def test_operators_under_pytest_benchmark(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())["benchmarks"]
     assert {b["name"].split("float32-")[1] for b in found} == {"hal]", "eager]"}
+
+
+def test_a_wrong_spectral_step_is_seen():
+    """It works in place: each call starts from the same tensors, until it is timed."""
+    (case,) = (
+        c for c in operator_cases.cases(torch.device("cpu"), quick=True, check=True)
+        if c.operator == "spectral_step_"
+    )  # fmt: skip
+    before = {name: t.clone() for name, t in case.inputs.items()}
+
+    def off(i):
+        i["momentum_q0"] *= 1.01
+        return case.ours(i)
+
+    for _ in range(2):
+        assert operators.error(case.ours, case, None) < 1e-5
+        assert operators.error(off, case, None) > 1e-3
+    assert all(torch.equal(t, before[name]) for name, t in case.inputs.items())
+    step = operators.trained(case.ours, case)
+    (lam, *_), (later, *_) = (t[1:] for t in ([*step()], [*step()]))
+    assert lam is later and not torch.equal(lam, before["lam"])
+
+
+@pytest.fixture
+def faked_gpu(monkeypatch):
+    """What is asked of a GPU to take times, by name; an interval lasts 24 µs."""
+    log = []
+
+    def noted(name, result=None):
+        return lambda *args, **_: log.append(name) or result
+
+    event = SimpleNamespace(
+        record=noted("event"), synchronize=noted("wait"), elapsed_time=lambda stop: 0.024
+    )
+    graph = SimpleNamespace(replay=noted("replay"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext(log.append("in")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    empty = SimpleNamespace(zero_=noted("flush"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: empty)
+    return log
+
+
+def test_kernels_are_timed_by_replays_of_launches_that_take_turns(faked_gpu):
+    runs = [lambda n=n: faked_gpu.append(n) for n in range(3)]
+    found = replay.replayed(runs, torch.device("cuda"))
+    taken = ["event", "replay", "event", "wait"] * (replay.REPLAYS + 3)
+    assert faked_gpu == [0, 1, 2, "in", *[0, 1, 2] * (replay.LAUNCHES // 3), *taken]
+    assert found["median_us"] == pytest.approx(24 / replay.LAUNCHES)
+
+
+def test_operators_are_timed_behind_a_sleep_of_the_gpu(faked_gpu):
+    steps = {"hal": lambda: faked_gpu.append("step")}
+    found = operators.time_all(steps, torch.device("cuda"), 0.0)
+    assert faked_gpu == ["step"] * 3 + ["flush", "sleep", "event", "step", "event", "wait"] * 5
+    assert found["hal"]["median_us"] == pytest.approx(24) and found["hal"]["repeats"] == 5
+
+
+@pytest.mark.parametrize("launched", range(4))
+def test_kernels_of_the_spectral_step_are_left_out_from_the_end(launched):
+    kernels = replay.SPECTRAL[:launched]
+    before = {name: getattr(replay.spectral_kernels, f"{name}_kernel") for name in replay.SPECTRAL}
+    with replay.launching(kernels):
+        for name, kernel in before.items():
+            now = getattr(replay.spectral_kernels, f"{name}_kernel")
+            assert (now is kernel) == (name in kernels)
+            if now is not kernel:
+                now[(1,)](1, R=8)
+    assert all(getattr(replay.spectral_kernels, f"{n}_kernel") is k for n, k in before.items())
+
+
+def test_rows_of_all_suites_may_share_a_file(tmp_path):
+    folder, file = tmp_path / "rows", tmp_path / "all.jsonl"
+    for out in (folder, file):
+        for suite in ("one", "other"):
+            common.append_row(suite, {"a": 1}, out)
+            common.append_row(suite, {"a": 2}, out)
+    assert sorted(path.name for path in folder.iterdir()) == ["one.jsonl", "other.jsonl"]
+    assert len(file.read_text().splitlines()) == 4
+    with (folder / "one.jsonl").open("a") as old:
+        old.write('{"a": 1}\n')  # rows did not always name their suite
+    assert [row["suite"] for row in common.stored("one", file, {"a": 1})] == ["one"]
+    assert [row["suite"] for row in common.stored("one", folder, {"a": 1})] == ["one", "one"]
+    assert common.stored("none", file, {}) == []
 
 
 def test_least_time_of_a_step(monkeypatch):
@@ -148,15 +235,35 @@ def gpu_sh(*arguments, environment=os.environ | {"PYTHON": sys.executable}):
     )
 
 
+NOTHING = os.environ | {"PYTHON": "true", "DATA": ""}  # no part does anything
+
+
 def test_gpu_sh_predicts_every_part_and_skips_what_has_no_data(tmp_path):
     parts = re.findall(r"^part_(\w+)\(", (ROOT / "bench/gpu.sh").read_text(), re.MULTILINE)
-    environment = os.environ | {"PYTHON": "true", "DATA": ""}  # no part does anything
-    done = gpu_sh(str(tmp_path), "--dry-run", environment=environment)
+    done = gpu_sh(str(tmp_path), "--dry-run", environment=NOTHING)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert sorted(row["part"] for row in summary) == sorted(parts)
+    assert summary[0]["part"] == "goals"
     assert all(0 < row["predicted_seconds"] <= 540 for row in summary)
     assert "no --data=FOLDER: skipped" in (tmp_path / "log.txt").read_text()
+
+
+def test_gpu_sh_fits_its_parts_into_a_budget(tmp_path):
+    """What is predicted to take longer than is left is not begun; what is begun may take it all."""
+    limits, out = tmp_path / "limits", tmp_path / "out"
+    (tmp_path / "timeout").write_text(f'#!/bin/sh\necho "$3" >>{limits}\nexit 124\n')
+    (tmp_path / "timeout").chmod(0o755)
+    environment = NOTHING | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    parts = "goals", "build", "large", "tune"
+    done = gpu_sh(str(out), "--dry-run", "--seconds=150", *parts, environment=environment)
+    assert done.returncode == 1
+    goals, build, large, tune = json.loads((out / "summary.json").read_text())
+    for row in (goals, tune):
+        assert "s were left" in row["skipped"] and "status" not in row
+    for row in (build, large):  # as one that is stopped
+        assert row["status"] == 124 and "skipped" not in row
+    assert all(120 <= int(limit) <= 150 for limit in limits.read_text().split())
 
 
 def test_gpu_sh_refuses_what_it_does_not_know(tmp_path):
@@ -164,8 +271,9 @@ def test_gpu_sh_refuses_what_it_does_not_know(tmp_path):
     for arguments, message in (
         ((), "bench/gpu.sh OUT"),
         ((tmp_path, "--fast"), "unknown option --fast"),
-        ((tmp_path, "kernel"), "unknown part kernel; there are build check"),
-        ((tmp_path, "check"), "sees no GPU"),
+        ((tmp_path, "--seconds=soon"), "--seconds=soon is no number of seconds"),
+        ((tmp_path, "kernel"), "unknown part kernel; there are goals build"),
+        ((tmp_path, "goals"), "sees no GPU"),
         ((tmp_path, "--data=/no/such/folder"), "/no/such/folder"),
     ):
         done = gpu_sh(*map(str, arguments), environment=environment)
@@ -174,8 +282,65 @@ def test_gpu_sh_refuses_what_it_does_not_know(tmp_path):
 
 @pytest.mark.slow  # that every part is called: test_gpu_sh_predicts_every_part…
 def test_gpu_sh_runs_parts_dry(tmp_path):
-    done = gpu_sh(str(tmp_path), "--dry-run", "check", "tune")
-    assert done.returncode == 0, done.stderr
-    assert '"part": "check", "status": 0' in (tmp_path / "summary.json").read_text()
+    """Three files hold all that it finds."""
+    done = gpu_sh(str(tmp_path), "--dry-run", "goals", "sanitizer", "tune")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        '"part": "goals", "predicted_seconds": 240, "status": 0'
+        in (tmp_path / "summary.json").read_text()
+    )
     log = (tmp_path / "log.txt").read_text()
     assert "svd_linear" in log and "penalty.16.residual: 16×64, 2 warps, " in log
+    assert "floor ÷ time ≥ 0.7" in log
+    found = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    sections = {row["section"] for row in found if row["suite"] == "goals"}
+    assert {"right", "layer", "kernel", "goal", "roberta-base, 1 × 8", "captured"} <= sections
+    assert {p.name for p in tmp_path.iterdir()} == {"log.txt", "results.jsonl", "summary.json"}
+
+
+def test_goals_go_on_after_a_failure_and_leave_a_row_for_each_measurement(tmp_path, monkeypatch):
+    out = tmp_path / "results.jsonl"
+    written = []
+
+    def section(run):
+        run.attempt("made up", "wrong", lambda: exec("raise SystemExit('lora starts at loss 2')"))
+        written.append(len(out.read_text().splitlines()))
+        run.attempt("made up", "right", lambda: {"ms": 2.0})
+        run.goal("a ratio", 0.3, 0.4)
+        run.goal("a share", 0.3, 0.4, least=True)
+        run.seconds = 0.0
+        run.attempt("made up", "late", lambda: pytest.fail("there is no time"))
+
+    monkeypatch.setattr(goals, "SECTIONS", (section,))
+    monkeypatch.setattr(sys, "argv", ["goals", "--quick", "--out", str(out)])
+    assert goals.main() == 1
+    rows = {row["name"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert written == [1]
+    assert rows["wrong"]["failed"] == "SystemExit: lora starts at loss 2"
+    assert rows["right"]["ms"] == 2.0 and "skipped" in rows["late"]
+    assert rows["a ratio"]["reached"] and not rows["a share"]["reached"]
+
+
+def test_goals_keep_the_methods_that_work(tmp_path, monkeypatch):
+    """One that fails, or for which the memory does not suffice, costs the others nothing."""
+
+    def peak_of(name, *rest, **options):
+        if name == "lora":
+            raise RuntimeError("made up")
+        return {"out_of_memory": True} if name == "adalora" else {"peak_mb": 1.0}
+
+    monkeypatch.setattr(goals, "peak_of", peak_of)
+    run = goals.Run(goals.SMALL, tmp_path / "rows.jsonl", 1e9)
+    medians = goals.steps(run, goals.SMALL.roberta(), goals.METHODS, 1, 8)
+    assert set(medians) == set(goals.METHODS) - {"lora", "adalora"} and run.failed
+    goals.judge_step(run, medians, "adalora", 0.4, "no AdaLoRA, no ratio")
+    assert len(run.goals) == 1
+
+
+def test_rows_of_a_shared_file_are_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for suite in ("one", "other", "one"):
+        common.append_row(suite, {"a": suite}, tmp_path / "all.jsonl")
+    report.take_over(tmp_path / "all.jsonl")
+    assert [row["a"] for row in common.stored("one", tmp_path, {})] == ["one", "one"]
+    assert len(common.stored("other", tmp_path, {})) == 1

@@ -1,14 +1,17 @@
 """The suites that reproduce the paper's tables: their checks can fail, their rows stay."""
 
+import dataclasses
 import json
 import re
 import sys
+import weakref
 
 import pytest
 import torch
 
 from bench import (
     compare,
+    memory,
     methods,
     models,
     pages,
@@ -89,7 +92,7 @@ def test_table7_keeps_what_ran_out_of_memory_out_of_the_timing(tmp_path, monkeyp
         step = {"median_ms": 3.0, "q1_ms": 2.0, "q3_ms": 4.0}
         return {n: {"step": step, "first_loss": 1.0, "last_loss": 0.5} for n in methods}
 
-    monkeypatch.setattr(table7, "memory_of", lambda name, *rest: dict(peaks[name]))
+    monkeypatch.setattr(table7, "peaks", lambda *rest: {n: dict(p) for n, p in peaks.items()})
     monkeypatch.setattr(table7, "measure", measure)
     arguments = ["table7", "--batch", "1", "2", "--method", *peaks, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -100,6 +103,64 @@ def test_table7_keeps_what_ran_out_of_memory_out_of_the_timing(tmp_path, monkeyp
     assert row["methods"]["dora"] == {"out_of_memory": True}
     assert row["methods"]["lora"]["peak_mb"] == 2.0
     assert row["methods"]["lora"]["step"]["median_ms"] == 3.0
+
+
+@pytest.mark.parametrize("name", ["adalora", "hal-spectral"])
+def test_captured_steps_must_leave_the_same_gradients(name, monkeypatch):
+    """What is captured is called with a batch's tensors alone; phases are not told apart in it."""
+    cpu, base = torch.device("cpu"), tiny_roberta()
+    batch = methods.batch_of(2, 8, cpu)
+    one, other = (methods.Method(name, base.build(cpu), base, cpu, phases=False) for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda module, *_, **__: module)
+    one.capture(batch)
+    for _ in range(2):
+        assert [*one.step(batch)] == [*other.step(batch)] == ["step"]
+    assert torch.equal(one.logits, other.logits)
+    monkeypatch.setattr(
+        torch.cuda, "make_graphed_callables",
+        lambda module, *_, **__: lambda *batch: tuple(1.01 * t for t in module(*batch)),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"a captured gradient has relative error 1\.0e-02"):
+        other.capture(batch)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_peak_memory_is_that_of_one_method_at_a_time(gpu, monkeypatch):
+    """On a GPU of the allocator, in one process; what was built before is gone by then."""
+    cpu, base = torch.device("cpu"), tiny_roberta()
+    alive, log = [], []
+
+    def method(name, model, base, device, **options):
+        made = methods.Method(name, model, base, cpu, **options)
+        log.append((name, sum(ref() is not None for ref in alive)))
+        alive.append(weakref.ref(made.model))
+        return made
+
+    def in_own_process(module, *arguments):
+        log.append(arguments)
+        return {"peak_mb": 1.0}
+
+    monkeypatch.setattr(memory, "Method", method)
+    monkeypatch.setattr(memory, "in_own_process", in_own_process)
+    monkeypatch.setattr(memory, "batch_of", lambda *sizes: methods.batch_of(*sizes[:2], cpu))
+    if not gpu:
+        base = dataclasses.replace(base, checkpointing=True)
+        assert memory.peaks(base, ["lora"], 2, 8) == {"lora": {"peak_mb": 1.0}}
+        options = "--model roberta-base --layers 2 --batch 2 --length 8 --gradient-checkpointing"
+        assert log == [("--method", "lora", *options.split())]
+        return
+    monkeypatch.setattr(memory, "this_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(models.Base, "build", lambda base, device, build=base.build: build(cpu))
+    for name, value in (
+        ("empty_cache", None), ("reset_peak_memory_stats", None), ("max_memory_reserved", 2**21),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(memory, "peak_memory_mb", lambda: 1.0)
+    found = memory.peaks(base, ["lora", "adalora", "hal-spectral", "hal-hyper"], 2, 8)
+    assert all(peak == {"peak_mb": 1.0, "reserved_mb": 2.0} for peak in found.values())
+    assert log == [(name, 0) for name in found]
+    monkeypatch.setattr(methods.Method, "step", lambda *_: exec("raise torch.OutOfMemoryError"))
+    assert memory.peaks(base, ["lora"], 2, 8) == {"lora": {"out_of_memory": True}}
 
 
 def a_layer(generator):

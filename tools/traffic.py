@@ -154,3 +154,21 @@ def penalty_gradient(matrices: int, r: int, d: int, *, factor: int = 4) -> Traff
     """dF ~ RF of matrices of one width."""
     f = matrices * r * d * factor
     return Traffic(f + matrices * r * r * SUM, f, 2 * matrices * r * r * d)
+
+
+def spectral_gram(matrices: int, r: int, d: int, *, factor: int = 4) -> Traffic:
+    """PPᵀ, vPᵀ and vvᵀ in float64 and two sums, of matrices of one width."""
+    return Traffic(3 * matrices * r * d * factor, matrices * (3 * r * r + 2) * 8)
+
+
+def spectral_solve(layers: int, r: int, *, factor: int = 4) -> Traffic:
+    """Λ, the candidates and the transforms in float64, from Gram matrices and sums of P and Q."""
+    square = 2 * 3 * r * r * 8
+    read = square + (2 * 2 + 3) * 8 + r * factor
+    return Traffic(layers * read, layers * (square + 3 * r * factor))
+
+
+def spectral_write(matrices: int, r: int, d: int, *, factor: int = 4) -> Traffic:
+    """P⁺ and m⁺ from P, m and L, of matrices of one width."""
+    f = matrices * r * d * factor
+    return Traffic(3 * f + matrices * 3 * r * r * 8, 2 * f)

@@ -83,9 +83,7 @@ def command(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("measured", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_both_points_have_a_row_a_plot_and_a_place_on_the_page(
-    measured, command, ranks, monkeypatch
-):
+def test_both_points_have_a_row_and_a_place_on_the_page(measured, command, ranks, monkeypatch):
     if not measured:
         alone = {name: found | {"sent_bytes": 0} for name, found in ranks[0].items()}
         results = {1: alone, 2: ranks[0]}
@@ -102,7 +100,6 @@ def test_both_points_have_a_row_a_plot_and_a_place_on_the_page(
     text, _ = pages.scaling_page()
     heading = f"## Processes of one thread ({os.cpu_count()} cores): 1 blocks, width 64, rank 3"
     assert heading in text and "MB that each process sends" in text
-    assert (command.rows.parent / "scaling.png").stat().st_size > 10_000
 
 
 def test_a_process_that_fails_leaves_no_row(command, monkeypatch):

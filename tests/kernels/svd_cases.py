@@ -39,8 +39,9 @@ _TILE = configs.Tile(64, 128, 4, 2, 128)
 LARGE = {128: configs.SVDTiles(_TILE, _TILE, _TILE, _TILE, (_TILE,))}
 
 
-def seed(name: int) -> torch.Tensor:
-    return torch.tensor(name, device=DEVICE)
+def seed(name: int | torch.Tensor) -> torch.Tensor:
+    """On the device; one that is there already is not copied, which no CUDA graph could capture."""
+    return torch.as_tensor(name, device=DEVICE)
 
 
 def make(T=17, d_in=48, d_out=32, rank=3, dtype=torch.float32, factors=None):

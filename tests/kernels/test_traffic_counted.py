@@ -6,9 +6,11 @@ import importlib
 
 import pytest
 import torch
+from ops.spectral_cases import make as make_layers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hal_kernels.ops.orthogonality_penalty import triton as penalty_kernels
+from hal_kernels.ops.spectral_step import triton as spectral_kernels
 from hal_kernels.ops.svd_linear import default as svd_default
 from hal_kernels.ops.svd_linear import triton as svd_kernels
 from tools import traffic
@@ -16,6 +18,7 @@ from tools.traffic import Traffic
 
 from .harness import DEVICE
 from .svd_cases import LARGE, gpu_like, make
+from .test_spectral_step import arguments
 
 # Behind the functions of the same names.
 penalty_op = importlib.import_module("hal_kernels.ops.orthogonality_penalty")
@@ -207,3 +210,20 @@ def test_flops():
     assert found == traffic.penalty_residual(3, 5, 40).flops
     found = flops_of(lambda: penalty_op._backward_default(torch.ones(()), [rows], residuals, *rest))
     assert found == traffic.penalty_gradient(3, 5, 40).flops
+
+
+@interpreted
+def test_bytes_of_the_spectral_step():
+    """Of a rank that is not padded. Where no gain is learned the two cosines are not read.
+
+    Of the transforms two thirds are also read while they are made: the cache has them.
+    """
+    r, d_in, d_out = 8, 72, 24
+    inputs = arguments(make_layers([(d_in, d_out, r)]))
+    gram, solve, write = measured(lambda: spectral_kernels.step_(*inputs))
+    assert [gram, write] == moved(
+        traffic.spectral_gram(1, r, d_in) + traffic.spectral_gram(1, r, d_out),
+        traffic.spectral_write(1, r, d_in) + traffic.spectral_write(1, r, d_out),
+    )
+    part = traffic.spectral_solve(1, r)
+    assert solve == (part.read - 2 * 8 + 2 * 2 * r * r * 8, part.written)
