@@ -157,8 +157,9 @@ def expand_block(
         p_base += o_t.to(tl.int64)[:, None] * stride_base
     p_y = y + o_t.to(tl.int64)[:, None] * d
     first = i_c * chunk
-    # With the stages stated, `base` and `bias` are loaded ahead as what enters a product is.
-    for n in tl.range(first, min(first + chunk, d), BN, num_stages=STAGES):
+    # With stages stated, what enters no product is loaded ahead too. A bias alone is not worth it.
+    AHEAD: tl.constexpr = None if base is None else STAGES
+    for n in tl.range(first, min(first + chunk, d), BN, num_stages=AHEAD):
         o_n = n + tl.arange(0, BN)
         m_n = o_n < d
         m = m_t[:, None] & m_n[None, :]
