@@ -14,15 +14,16 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --constraint $(CONSTRAINTS)
 MADE := $(VENV)/.stamp
 QUANTIZED := build/quantized
+OLDER_TRITON := build/triton-3.6.0
 
 # Tests, demo and benchmarks need no model hub, so a slow or missing network cannot change them.
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-quantized sanitize coverage gpu-check bench bench-quick lint format clean
+.PHONY: help install demo test test-slow test-quantized sanitize coverage gpu-check gpu-check-older bench bench-quick lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(MADE)-project ## create .venv and install the project into it, editable
 
@@ -92,6 +93,14 @@ sanitize: install $(SANITIZED) ## run the operators' tests under AddressSanitize
 gpu-check: install ## compile the kernels for GPUs that need not be there; try bench/gpu.sh out
 	$(PY) -m tools.report --quick --arch sm_80 sm_90 sm_100 gfx942
 	PYTHON="$(CURDIR)/$(PY)" bench/gpu.sh build/gpu --dry-run
+
+# torch 2.11 brings this version, and GPUs that are lent may have that torch.
+$(OLDER_TRITON): $(MADE)-project
+	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==3.6.0
+	@touch $@
+
+gpu-check-older: $(OLDER_TRITON) ## compile the kernels with the triton of an older torch
+	PYTHONPATH=$(OLDER_TRITON) $(PY) -m tools.report --quick --arch sm_90
 
 coverage: install ## run the tests and report the lines of hal_kernels that none reaches
 	@$(PYTEST) --cov $(ARGS)

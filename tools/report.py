@@ -3,9 +3,12 @@
     python -m tools.report [--quick] [--arch sm_90 ...] [--kernel NAME] [--jobs N]
 
 compiles every kernel × every shipped configuration ahead of time and prints registers a thread,
-spilled bytes, shared memory and occupancy. The exit status is 1 if a kernel does not compile,
-spills, or needs more shared memory than a block may have. ``--quick`` takes four architectures and
-one configuration of each kernel on each of them, another one on each.
+spilled bytes, shared memory and how many blocks a multiprocessor holds; of SASS, asynchronous
+copies and instructions of each innermost loop that has copies; and for the SVD kernels the least
+time of their traffic and a model's (`tools.model`), neither of them measured. The exit status is 1
+if a kernel does not compile, spills, needs more shared memory than a block may have, does not load
+ahead where it is to, or leaves one block to a multiprocessor where two are wanted. ``--quick``
+takes four architectures and one configuration of each kernel on each of them, another one on each.
 
 `tools.kernel_cases` lists what is compiled. "default", what an unknown GPU takes, is compiled for
 sm_80 within the 64 KiB that every GPU has.
@@ -25,8 +28,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from . import model
 from .cases import Case
 from .kernel_cases import CASES
+from .sass import Loop, loops_of
 
 
 class Target(NamedTuple):
@@ -68,7 +73,12 @@ class Row:
     registers: int = 0
     spills: int = 0
     shared: int = 0
+    blocks: int = 0  # that a multiprocessor holds
     occupancy: float = 0.0
+    loops: tuple[Loop, ...] = ()  # those that load ahead
+    least: tuple[int, int] = (0, 0)  # of them and of blocks
+    floor: float = 0.0
+    model: float = 0.0
     error: str = ""
 
     @property
@@ -78,7 +88,11 @@ class Row:
         limit = TARGETS[self.arch].block_shared
         if self.shared > limit:
             return f"shared memory above {limit}"
-        return "spills" if self.spills else ""
+        if self.spills:
+            return "spills"
+        if len(self.loops) < self.least[0]:
+            return f"{len(self.loops)} of {self.least[0]} loops load ahead"
+        return f"fewer than {self.least[1]} blocks" if self.blocks < self.least[1] else ""
 
 
 def measure(module: str, index: int) -> Row:
@@ -93,10 +107,32 @@ def measure(module: str, index: int) -> Row:
         lines = str(error).strip().splitlines() or [""]
         return dataclasses.replace(row, error=f"{type(error).__name__}: {lines[-1]}")
     shared = compiled.metadata.shared
-    occupancy = _occupancy(target, registers, shared, case.config["num_warps"])
+    warps = case.config["num_warps"]
+    occupancy = _occupancy(target, registers, shared, warps)
+    blocks = round(occupancy * target.warps / warps)
+    found: dict[str, Any] = {}
+    if target.backend == "cuda":
+        loops = loops_of(compiled.asm["cubin"])
+        found["loops"] = tuple(loop for loop in loops if loop.copies)
+        found["least"] = model.ahead(case), _least_blocks(case)
+        found["floor"], found["model"] = model.times(case, loops, blocks) or (0.0, 0.0)
     return dataclasses.replace(
-        row, registers=registers, spills=spills, shared=shared, occupancy=occupancy
+        row,
+        registers=registers,
+        spills=spills,
+        shared=shared,
+        blocks=blocks,
+        occupancy=occupancy,
+        **found,
     )
+
+
+def _least_blocks(case: Case) -> int:
+    """Two where a kernel of the lowest ranks streams 16-bit rows; dropout and penalty cost more."""
+    c = case.constexprs
+    plain = "p_seed" not in case.signature and c.get("GRAM") is None and c.get("PARTS", 1) <= 4
+    streams = model.ahead(case) > 0 and c["R"] <= 16 and "*bf16" in case.signature.values()
+    return 2 if plain and streams and case.architecture in ("sm_90", "sm_100") else 1
 
 
 def _started(module: str, case: Case) -> Row:
@@ -197,20 +233,26 @@ def _occupancy(target: Target, registers: int, shared: int, warps: int) -> float
     return blocks * warps / target.warps
 
 
-_HEAD = ("arch", "kernel", "case", "warps", "regs", "spills", "shared", "occupancy", "")
+_HEAD = (
+    "arch", "kernel", "case", "warps", "regs", "spills", "shared", "blocks", "copies/loop",
+    "floor µs", "model µs", "ratio", "",
+)  # fmt: skip
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.arch, row.kernel, row.label, row.options, str(row.registers), str(row.spills),
-        str(row.shared), f"{row.occupancy:.0%}", row.problem,
+        str(row.shared), str(row.blocks),
+        " ".join(f"{loop.copies}/{loop.instructions}" for loop in row.loops),
+        *((f"{row.floor:.1f}", f"{row.model:.1f}", f"{row.floor / row.model:.0%}")
+          if row.model else ("", "", "")), row.problem,
     )  # fmt: skip
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Text to the left, numbers to the right."""
     padded = (
-        c.rjust(w) if 4 <= i <= 7 else c.ljust(w)
+        c.rjust(w) if 4 <= i <= 11 and i != 8 else c.ljust(w)
         for i, (c, w) in enumerate(zip(cells, widths, strict=True))
     )
     return "  ".join(padded).rstrip()
@@ -255,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work, started = [work[i] for i in kept], [started[i] for i in kept]
     table = [_HEAD, *map(_cells, started)]
     widths = [max(len(cells[i]) for cells in table) for i in range(len(_HEAD))]
+    widths[8] = max(widths[8], 17)
     print(_line(_HEAD, widths))
     rows = []
     with contextlib.ExitStack() as stack:
@@ -267,6 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(row)
             print(_line(_cells(row), widths), flush=True)
     bad = [row for row in rows if row.problem]
+    if any(row.model for row in rows):
+        print(f"floor and model are computed, of {model.T} rows of {model.D}: nothing is measured")
     print(f"{len(rows)} compiled, {len(bad)} with a problem")
     if options.json:
         with open(options.json, "w") as file:

@@ -17,10 +17,9 @@ from hal_kernels.ops.svd_linear.triton_kernels import (
     gradients_dy_apart_kernel,
     gradients_dy_kernel,
     gradients_x_kernel,
-    penalty_kernel,
-    reduce_kernel,
     shrink_kernel,
 )
+from hal_kernels.ops.svd_linear.triton_sums import penalty_kernel, reduce_kernel
 
 from .cases import POINTERS, Case, make_case
 
@@ -92,16 +91,19 @@ def cases() -> Iterator[Case]:
         for gram in grams:
             yield case(shrink_kernel, tiles.shrink, "BK", **constants, **gram)
         # As for y with a bias, or added to one in place; and for dx where the factors are frozen.
-        absent = {"parts": None} if plain else {"bias": None, "h_sum": None}
+        absent: dict[str, Any] = {"base": None, "h_sum": None} if plain else {"bias": None}
+        absent |= {"PARTS": 1 if plain else 2, "STAGES": tiles.expand.num_stages}
         for gram in grams:
             yield case(expand_kernel, tiles.expand, "BN", **constants, **absent, **gram)
-        absent = {"parts": None, "base": None} if plain else {}
-        yield case(gradients_x_kernel, tiles.x, "BK", **constants, **absent)
+        absent = {"STAGES": tiles.x.num_stages} | ({"base": None} if plain else {})
+        for parts in (1, 4, 16) if plain else (2,):
+            yield case(gradients_x_kernel, tiles.x, "BK", **constants, **absent, PARTS=parts)
         if plain:  # tangent gradients
-            yield case(gradients_x_kernel, tiles.x, "BK", **constants, **absent, dlam=None)
+            more = {**absent, "dlam": None, "PARTS": 2}
+            yield case(gradients_x_kernel, tiles.x, "BK", **constants, **more)
         if not plain:
             kernel = gradients_dy_apart_kernel if R > ONE_PASS else gradients_dy_kernel
-            yield case(kernel, tiles.dy, "BN", **constants)
+            yield case(kernel, tiles.dy_of(dtype), "BN", **constants)
         for tile in tiles.fused:  # the weight row-major and (Conv1D's, once) transposed
             sizes = {"BT": tile.rows, "BN": tile.columns_of(dtype), "BK": tile.depth_of(dtype)}
             both = dtype == torch.bfloat16 and plain

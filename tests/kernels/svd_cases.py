@@ -36,7 +36,7 @@ def backward_kernels(rank: int, rows: int) -> list[str]:
 
 # Few and large tiles, for the interpreter, which takes some milliseconds for each.
 _TILE = configs.Tile(64, 128, 4, 2, 128)
-LARGE = {128: configs.SVDTiles(_TILE, _TILE, _TILE, _TILE, (_TILE,))}
+LARGE = {128: configs.SVDTiles(_TILE, _TILE, _TILE, _TILE, _TILE, (_TILE,))}
 
 
 def seed(name: int | torch.Tensor) -> torch.Tensor:

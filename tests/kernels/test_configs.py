@@ -31,7 +31,7 @@ def test_tiles_are_what_a_dot_takes(gpu):
     for table in (gpu.svd, ODD):
         assert list(table) == sorted(table) and max(table) == HIGHEST_RANK
     for tiles in (*gpu.svd.values(), *ODD.values()):
-        for tile in (tiles.shrink, tiles.expand, tiles.dy, tiles.x, *tiles.fused):
+        for tile in (tiles.shrink, tiles.expand, tiles.dy, tiles.dy32, tiles.x, *tiles.fused):
             sides = [tile.rows, tile.columns_of(torch.float32)]
             sides += [tile.depth_of(torch.float32)] if tile in tiles.fused else []
             assert all(side >= 16 and side & (side - 1) == 0 for side in sides)
@@ -57,26 +57,26 @@ def test_bytes_of_a_tile_do_not_depend_on_the_dtype():
 def test_devices(monkeypatch):
     """No GPU: the default. A GPU: by capability, the default if that is unknown; asked for once."""
     assert architecture_of(torch.device("cpu")) is DEFAULT
-    asked = []
+    asked, fields = [], ["major", "minor", "multi_processor_count", "gcnArchName"]
+    properties = dataclasses.make_dataclass("Properties", fields)
 
-    def capability(index):
+    def asked_of(index):
         asked.append(index)
-        return {0: (9, 0), 1: (8, 9), 2: (12, 0), 3: (8, 6)}[index]
+        return properties(*{0: (9, 0), 1: (8, 9), 2: (12, 0), 3: (8, 6)}[index], 50 + index, "")
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", asked_of)
     monkeypatch.setattr(torch.version, "hip", None)
     configs._of_gpu.cache_clear()
     try:
         names = [architecture_of(torch.device("cuda", i)).name for i in (0, 1, 2, 3, 0, 1)]
         assert names == ["sm_90", "sm_89", "default", "default", "sm_90", "sm_89"]
         assert asked == [0, 1, 2, 3]
+        assert architecture_of(torch.device("cuda", 1)).multiprocessors == 51
 
         configs._of_gpu.cache_clear()
         monkeypatch.setattr(torch.version, "hip", "6.0")
-        properties = dataclasses.make_dataclass("Properties", ["gcnArchName"])
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda i: properties("gfx942:sramecc+:xnack-")
-        )
+        amd = properties(9, 4, 304, "gfx942:sramecc+:xnack-")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: amd)
         assert architecture_of(torch.device("cuda", 0)).name == "gfx942"
     finally:
         configs._of_gpu.cache_clear()
@@ -84,13 +84,17 @@ def test_devices(monkeypatch):
 
 @given(st.integers(1, 5000), st.integers(1, 20000), st.sampled_from([16, 32, 64, 128, 256]))
 def test_columns_are_shared_out_once(row_blocks, d, columns):
-    """Parts cover all columns, none is empty, and there are no more than allowed."""
+    """Parts cover all columns and are a power of two; chunks cover them, and none is empty."""
     for gpu in ARCHITECTURES.values():
-        parts = gpu.column_parts_of(row_blocks, d, columns)
-        chunk = chunk_of(d, columns, parts)
-        assert chunk % columns == 0 and (parts - 1) * chunk < d <= parts * chunk
-        assert parts <= gpu.column_parts
-        assert parts == 1 or parts * row_blocks <= gpu.multiprocessors
+        parts, tiles = gpu.column_parts_of(row_blocks, d, columns), -(-d // columns)
+        assert chunk_of(d, columns, parts) % columns == 0
+        assert d <= parts * chunk_of(d, columns, parts)
+        assert parts <= gpu.column_parts and parts < 2 * tiles and parts & (parts - 1) == 0
+        assert parts == 1 or parts * row_blocks < 2**1.5 * gpu.multiprocessors
+        enough = parts * row_blocks >= 2**0.5 * gpu.multiprocessors
+        assert enough or parts == gpu.column_parts or parts >= tiles
+        chunks, chunk = gpu.chunks_of(row_blocks, d, columns)
+        assert chunk % columns == 0 and (chunks - 1) * chunk < d <= chunks * chunk
 
 
 @given(st.integers(1, 100000), st.integers(1, 5000), st.integers(1, 1 << 28))

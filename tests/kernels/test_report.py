@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hal_kernels.kernels
 import hal_kernels.ops
-from hal_kernels.kernels.configs import ARCHITECTURES
-from tools import report
+from hal_kernels.kernels.configs import ARCHITECTURES, SM_90
+from tools import model, report, svd_cases
 from tools.kernel_cases import CASES
+from tools.sass import Loop, loops_in
 
+svd_kernels = importlib.import_module("hal_kernels.ops.svd_linear.triton_kernels")
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
@@ -55,6 +58,9 @@ def test_a_kernel_that_fits_and_one_that_does_not(tmp_path):
         ({"spills": 4}, "spills"),
         ({"shared": 232448}, ""),
         ({"shared": 232449}, "shared memory above 232448"),
+        ({"least": (1, 2)}, "0 of 1 loops load ahead"),
+        ({"least": (1, 2), "loops": (Loop(9, 1, 512),), "blocks": 1}, "fewer than 2 blocks"),
+        ({"least": (1, 2), "loops": (Loop(9, 1, 512),), "blocks": 2}, ""),
         ({"error": "CompilationError: why"}, "CompilationError: why"),
     ],
 )
@@ -82,6 +88,63 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         report.main([])
     assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
+
+
+SASS = """
+.L_x_0:
+        /*0010*/                   LDG.E R2, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R4], desc[UR4][R2.64] ;
+        /*0030*/              @!P0 LDGSTS.E [R4], desc[UR4][R2.64] ;
+        /*0040*/              @P1  BRA `(.L_x_1) ;
+        /*0050*/              @P2  BRA `(.L_x_3) ;
+.L_x_2:
+        /*0060*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0070*/              @!P3 BRA.U `(.L_x_2) ;
+        /*0080*/               @P4 BRA `(.L_x_0) ;
+.L_x_3:
+        /*0090*/                   EXIT ;
+.L_x_4:
+        /*00a0*/                   BRA `(.L_x_4);
+"""
+
+
+def test_innermost_loops_of_sass():
+    """Not the one around two others, nor a jump ahead, nor the one in which a kernel ends."""
+    assert loops_in(SASS) == [Loop(3, 2, 32 * 20), Loop(2, 0, 0)]
+
+
+def adapter(kernel, dtype, **constants):
+    tile = SM_90.svd_tiles(16, True).x
+    sizes = {"BT": 64, "BK": 128, "R": 16, "PRECISION": "tf32", "p_seed": None, **constants}
+    return svd_cases.adapter_case(kernel, "sm_90", tile, dtype, True, **sizes)
+
+
+def test_which_loops_are_to_load_ahead():
+    x = svd_kernels.gradients_x_kernel
+    for parts, loops in ((1, 2), (4, 2), (8, 1)):
+        assert model.ahead(adapter(x, torch.bfloat16, PARTS=parts)) == loops
+    case = adapter(x, torch.bfloat16, PARTS=1)
+    assert model.ahead(case._replace(aligned=())) == 0
+    assert report._least_blocks(case) == 2
+    assert report._least_blocks(adapter(x, torch.float32, PARTS=1)) == 1
+
+
+def test_the_model_is_slower_than_the_floor():
+    """By the ramp alone; where a warp issues more than memory gives time for; and where few bytes
+    are in flight."""
+    shrink = adapter(svd_kernels.shrink_kernel, torch.bfloat16, gram=None, GRAM=None)
+    floor, quick = model.times(shrink, [Loop(160, 12, 3072)], 2)
+    assert 15 < floor < 17 and quick == pytest.approx(floor + model.RAMP)
+    _, slow = model.times(shrink, [Loop(16000, 12, 3072)], 2)
+    assert slow > 10 * floor
+    _, cached = model.times(shrink, [Loop(160, 12, 9216)], 2)
+    assert 2 * floor < cached < slow
+    _, thin = model.times(
+        shrink._replace(config={"num_warps": 8, "num_stages": 2}), [Loop(160, 12, 3072)], 1
+    )
+    assert thin > quick
+    assert model.times(shrink, [Loop(160, 0, 0)], 2) is None
 
 
 def test_every_architecture_has_a_target():

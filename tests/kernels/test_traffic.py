@@ -78,18 +78,20 @@ def test_fused_recomputes_the_rank_product():
     assert wide.flops == 2 * 64 * 512 * 512 + 2 * 64 * 16 * (4 * 512 + 512)
 
 
-@pytest.mark.parametrize("width", [2, 4])
-def test_the_choice_of_a_launch_counts_the_same(width):
+@pytest.mark.parametrize("width, full", [(2, True), (4, True), (4, False)])
+def test_the_choice_of_a_launch_counts_the_same(width, full):
     """Without other limits, kernels/configs.py expects of fused and apart what moves here."""
     T, d_in, d_out, r = 4096, 768, 1024, 16
     gpu = dataclasses.replace(SM_90, launch_us=0.0, gemm_slowdown=1.0)
-    rate = gpu.matrix_rate * (1.0 if width == 2 else 0.125)
+    vendor = rate = gpu.matrix_rate * {2: 1.0, 4: 0.125 if full else 0.5}[width]
+    if width == 4 and full:
+        vendor = gpu.float32_rate
     adapter = traffic.shrink(T, d_in, r, width=width) + traffic.expand(T, d_out, r, width=width)
     floors = [
-        part.floor_us(gpu.bandwidth, rate)
-        for part in (traffic.gemm(T, d_in, d_out, width=width), adapter)
+        traffic.gemm(T, d_in, d_out, width=width).floor_us(gpu.bandwidth, vendor),
+        adapter.floor_us(gpu.bandwidth, rate),
     ]
-    assert apart_us(gpu, T, d_in, d_out, r, width) == pytest.approx(sum(floors))
+    assert apart_us(gpu, T, d_in, d_out, r, width, full) == pytest.approx(sum(floors))
     gpu = dataclasses.replace(gpu, matrix_rate=1e30, cache_bandwidth=1e30)
     fused = traffic.fused(T, d_in, d_out, r, width=width)
     found = fused_us(gpu, Tile(16, 16, 4, 2, 64), T, d_in, d_out, r, width)

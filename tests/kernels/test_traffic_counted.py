@@ -99,7 +99,9 @@ interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="it is the interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_of_the_adapter(monkeypatch, dtype):
     """Columns shared out twice, rows twice: partial sums of h, u, dP and dQ; two blocks a split."""
-    gpu_like(monkeypatch, svd=LARGE, multiprocessors=8, row_splits=2, block_splits=(2, 2))
+    gpu_like(
+        monkeypatch, svd=LARGE, multiprocessors=8, column_parts=2, row_splits=2, block_splits=(2, 2)
+    )
     T, d_in, d_out, r = 200, 256, 144, 3
     i, width = make(T, d_in, d_out, r, dtype, torch.float32), dtype.itemsize
     dy, y = torch.randn(T, d_out).to(dtype), torch.empty(T, d_out, dtype=dtype)

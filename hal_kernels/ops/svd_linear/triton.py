@@ -34,10 +34,9 @@ from .triton_kernels import (
     gradients_dy_apart_kernel,
     gradients_dy_kernel,
     gradients_x_kernel,
-    penalty_kernel,
-    reduce_kernel,
     shrink_kernel,
 )
+from .triton_sums import penalty_kernel, reduce_kernel
 
 PATHS = ("prepare", "add", "fused")
 ONE_PASS = 32  # the highest padded rank for which u and dQ come of one pass over dy
@@ -296,21 +295,21 @@ def expand_(
     parts, their sum is written to `h_sum` ``[T, r]``, which may be columns of a wider one too.
     Partial sums ``[splits, r, r]`` of QQᵀ are appended to `grams`, if it is given.
     """
-    (T, d), (parts, _, r) = y.shape, h.shape
-    tile = architecture_of(y.device).svd_tiles(r, aligned(y, q)).expand
-    columns = tile.columns_of(y.dtype)
+    (T, d), (parts, _, r), gpu = y.shape, h.shape, architecture_of(y.device)
+    tile = gpu.svd_tiles(r, aligned(y, q)).expand
+    columns, blocks = tile.columns_of(y.dtype), triton.cdiv(T, tile.rows)
     h_sum = h_sum if parts > 1 else None
     threshold, scale = thresholds(dropout, seed)
-    grid = (triton.cdiv(T, tile.rows), triton.cdiv(d, columns))
-    gram, sizes = _gram(grams, h, q, columns, grid[0] * grid[1])
+    chunks, chunk = gpu.chunks_of(blocks, d, columns)
+    gram, sizes = _gram(grams, h, q, columns, blocks * chunks)
     with on_device_of(y):
-        expand_kernel[grid](
+        expand_kernel[(blocks, chunks)](
             h, lam, q, bias, base, y, h_sum, seed, gram, scaling, scale, T, r, d,
-            parts if parts > 1 else None, threshold, q.stride(0),
+            chunk, threshold, q.stride(0),
             0 if base is None else base.stride(0), h.stride(1), h.stride(0),
             0 if h_sum is None else h_sum.stride(0), *sizes,
-            BT=tile.rows, BN=columns, R=padded(r), PRECISION=dot_precision(y.dtype),
-            GRAM=dot_precision(q.dtype), **tile.options,
+            BT=tile.rows, BN=columns, R=padded(r), PARTS=parts, STAGES=tile.num_stages,
+            PRECISION=dot_precision(y.dtype), GRAM=dot_precision(q.dtype), **tile.options,
         )  # fmt: skip
 
 
@@ -342,11 +341,12 @@ def penalty_of(grams: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tens
 def parts_of_u(dy: torch.Tensor, q: torch.Tensor) -> int:
     """In how many parts `gradients_dy` gives u best. It takes any number of them."""
     (T, d), r, gpu = dy.shape, q.shape[0], architecture_of(dy.device)
-    tile = gpu.svd_tiles(r, aligned(dy, q)).dy
+    tile = gpu.svd_tiles(r, aligned(dy, q)).dy_of(dy.dtype)
     blocks = triton.cdiv(T, tile.rows)
     if padded(r) <= ONE_PASS:
         blocks, _ = gpu.bound_rows(blocks, 4 * r * d)
-    return gpu.column_parts_of(blocks, d, tile.columns_of(dy.dtype))
+    # Half as many as of h: all of them are read for each tile of columns of x.
+    return gpu.column_parts_of(2 * blocks, d, tile.columns_of(dy.dtype))
 
 
 def gradients_dy(
@@ -364,7 +364,7 @@ def gradients_dy(
     h ``[T, r]`` and u may be columns of wider ones; parts of u beyond dy's columns become zero.
     """
     (T, d), (parts, _, r), gpu = dy.shape, u.shape, architecture_of(dy.device)
-    tile, R = gpu.svd_tiles(r, aligned(dy, q)).dy, padded(r)
+    tile, R = gpu.svd_tiles(r, aligned(dy, q)).dy_of(dy.dtype), padded(r)
     columns, blocks = tile.columns_of(dy.dtype), triton.cdiv(T, tile.rows)
     tiles, chunk, apart = triton.cdiv(d, columns), chunk_of(d, columns, parts), R > ONE_PASS
     splits, each = gpu.split_rows(blocks, tiles) if apart else gpu.bound_rows(blocks, 4 * r * d)
@@ -411,20 +411,21 @@ def gradients_x(
     (T, d), (parts, _, r), gpu = x.shape, u.shape, architecture_of(x.device)
     tile = gpu.svd_tiles(r, aligned(x, p)).x
     columns, blocks = tile.columns_of(x.dtype), triton.cdiv(T, tile.rows)
-    tiles = triton.cdiv(d, columns)
-    splits, each = gpu.split_rows(blocks, tiles)
+    splits, each = gpu.split_rows(blocks, tiles := triton.cdiv(d, columns))
+    chunks, chunk = gpu.chunks_of(blocks, d, columns)
     dp = p.new_empty(r, d) if splits == 1 else h.new_empty(splits, r, d)
     dlam = lam.new_empty(r) if splits == 1 else h.new_empty(splits, r)
     if tangent:
         dlam = lam.new_empty(0)
     threshold, scale = thresholds(dropout, seed)
-    programs = splits * tiles
+    programs, of_lam = splits * tiles, 0 if tangent else splits
     with on_device_of(x):
-        gradients_x_kernel[(programs + (0 if dx is None else blocks * tiles),)](
+        gradients_x_kernel[(of_lam + programs + (0 if dx is None else blocks * chunks),)](
             x, p, h, lam, u, dp, None if tangent else dlam, dx if add else None, dx, seed,
-            scaling, scale, tangent, T, r, d, programs, parts if parts > 1 else None, splits, each,
+            scaling, scale, tangent, T, r, d, programs, splits, each, chunks, chunk,
             threshold, x.stride(0), p.stride(0), h.stride(0), u.stride(1), u.stride(0),
-            BT=tile.rows, BK=columns, R=padded(r), PRECISION=dot_precision(x.dtype), **tile.options,
+            BT=tile.rows, BK=columns, R=padded(r), PARTS=parts, STAGES=tile.num_stages,
+            PRECISION=dot_precision(x.dtype), **tile.options,
         )  # fmt: skip
     return dp, dlam
 
@@ -469,7 +470,7 @@ def tile_of_fused(
     gpu, matrix = architecture_of(x.device), weight if weight.stride(1) == 1 else weight.t()
     tiles = gpu.svd_tiles(p.shape[0], aligned(x, matrix, p, q)).fused
     size = (*x.shape, weight.shape[0], p.shape[0], x.dtype.itemsize)
-    return fused_tile(gpu, tiles, *size, always=always)
+    return fused_tile(gpu, tiles, *size, dot_precision(x.dtype) != "tf32", always)
 
 
 def fused_(

@@ -1,18 +1,22 @@
 # mypy: allow-untyped-defs
-"""The SVD layers' kernels: one block of rows or one tile of a ``[T, d]`` matrix to a program.
+"""The SVD layers' kernels: each program takes a block of rows or a tile of columns and loops.
 
     shrink:        h = dropout(x)·P
     expand:        y = s·(h ⊙ Λ)Q + b
     gradients_dy:  u = dy·Qᵀ,  dQ = s·(h ⊙ Λ)ᵀ dy
     gradients_x:   dP = s·xᵀ(u ⊙ Λ),  dΛ = s·Σ_t h ⊙ u,  dx = s·(u ⊙ Λ)Pᵀ
-    reduce:        the sums of partial dP, dQ and dΛ
-    penalty:       ‖PᵀP − I‖² + ‖QQᵀ − I‖², of Gram matrices that shrink and expand leave
     fused:         y = xWᵀ + b + s·(h ⊙ Λ)Q, and h
 
 Each reads its ``[T, d]`` matrix once (gradients_dy of ranks above 32: twice, see there). There are
 no atomics: where the columns of a block of rows are shared out, each program writes a partial h or
 u ``[parts, T, r]`` that its reader sums; where rows are, a partial dP or dQ ``[splits, r, d]`` that
-`reduce` sums. Parts and splits are bounded, and so are the buffers. Λ is the effective one, Λ⊙mask.
+`triton_sums` adds up. Parts and splits are bounded, and so are the buffers. Λ is the effective one,
+Λ⊙mask.
+
+Triton loads ahead, by asynchronous copies, in innermost loops alone: so the number of parts is a
+constant, a power of two, and their sum is unrolled. P and Q are converted where they are used, in
+the shadow of x's loads: 16-bit copies of them would be two launches more, or a second P and Q in
+the operators' signatures, for some 10 % of a loop's instructions, which bound no kernel.
 
 With c = `tangent` other than 0, dQ = c·hᵀdy, dP = c·xᵀu, and there is no dΛ.
 
@@ -29,7 +33,7 @@ from ...kernels.dropout import keep_block
 
 # Arguments that one compiled kernel serves any value of; and pointers, any address.
 RUN_TIME = (
-    "T", "r", "parts", "programs_u", "programs_dp", "blocks", "splits", "threshold",
+    "T", "r", "parts", "programs_u", "programs_dp", "blocks", "splits", "chunks", "threshold",
     "stride_ht", "stride_hc", "stride_sum", "stride_ut", "stride_uc", "gram_chunk", "gram_splits",
 )  # fmt: skip
 ANYWHERE = ("h", "h_sum", "u", "lam")
@@ -37,13 +41,17 @@ FREE = {"do_not_specialize": RUN_TIME, "do_not_specialize_on_alignment": ANYWHER
 
 
 @triton.jit
-def rank_rows(p_h, stride_t, stride_c, parts, T, r, o_t, o_r):
-    """Σ_c h[c] for a block of rows, [BT, R] float32; without `parts`, h. Padding is zero."""
+def rank_rows(p_h, stride_t, stride_c, T, r, o_t, o_r, PARTS: tl.constexpr):
+    """Σ_c h[c] for a block of rows, [BT, R] float32. Padding is zero."""
     m = (o_t < T)[:, None] & (o_r < r)[None, :]
     p_h += o_t.to(tl.int64)[:, None] * stride_t + o_r[None, :]
     b_h = tl.load(p_h, mask=m, other=0.0)
-    if parts is not None:
-        for _ in range(1, parts):
+    if PARTS * o_r.shape[0] <= 256:
+        for _ in tl.static_range(1, PARTS):  # all loads at once
+            p_h += stride_c.to(tl.int64)
+            b_h += tl.load(p_h, mask=m, other=0.0)
+    else:
+        for _ in range(1, PARTS):
             p_h += stride_c.to(tl.int64)
             b_h += tl.load(p_h, mask=m, other=0.0)
     return b_h
@@ -125,80 +133,95 @@ def shrink_block(
 @triton.jit
 def expand_block(
     h, lam, q, bias, base, y, h_sum, p_seed,
-    scaling, scale, T, r, d, parts, threshold, stride_q, stride_base,
-    stride_ht, stride_hc, stride_sum, i_t, i_n,
-    BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    scaling, scale, T, r, d, chunk, threshold, stride_q, stride_base,
+    stride_ht, stride_hc, stride_sum, i_t, i_c,
+    BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = base + b + s·dropout((Σ_c h[c] ⊙ Λ) Q) for one tile; h_sum = Σ_c h[c]."""
-    RANKS: tl.constexpr = R if R < 64 else 64  # at a time: their operands fit the registers
+    """y = base + b + s·dropout((Σ_c h[c] ⊙ Λ) Q) for one block of rows and one chunk of columns.
+
+    h_sum = Σ_c h[c], from the first chunk.
+    """
     o_t = i_t * BT + tl.arange(0, BT)
-    o_n = i_n * BN + tl.arange(0, BN)
-    m_t, m_n = o_t < T, o_n < d
-    m = m_t[:, None] & m_n[None, :]
-    b_y = tl.zeros([BT, BN], tl.float32)
-    for first in tl.range(0, R, RANKS, num_stages=1):
-        o_r = first + tl.arange(0, RANKS)
-        m_r = o_r < r
-        b_h = rank_rows(h, stride_ht, stride_hc, parts, T, r, o_t, o_r)
-        if h_sum is not None:  # noqa: SIM102
-            if i_n == 0:
-                p_sum = h_sum + o_t.to(tl.int64)[:, None] * stride_sum + o_r[None, :]
-                tl.store(p_sum, b_h, mask=m_t[:, None] & m_r[None, :])
-        b_hl = (b_h * scaled_lam(lam, scaling, r, o_r)).to(y.dtype.element_ty)
-        p_q = q + o_r.to(tl.int64)[:, None] * stride_q + o_n[None, :]
-        b_q = tl.load(p_q, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [RANKS, BN]
-        b_y = tl.dot(b_hl, b_q.to(b_hl.dtype), b_y, input_precision=PRECISION)
-    if p_seed is not None:
-        b_y = tl.where(keep_block(p_seed, threshold, o_t, i_n * BN, BT, BN), b_y * scale, 0.0)
-    if bias is not None:
-        b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    o_r = tl.arange(0, R)
+    m_t, m_r = o_t < T, o_r < r
+    b_h = rank_rows(h, stride_ht, stride_hc, T, r, o_t, o_r, PARTS)
+    if h_sum is not None:  # noqa: SIM102
+        if i_c == 0:
+            p_sum = h_sum + o_t.to(tl.int64)[:, None] * stride_sum + o_r[None, :]
+            tl.store(p_sum, b_h, mask=m_t[:, None] & m_r[None, :])
+    b_hl = (b_h * scaled_lam(lam, scaling, r, o_r)).to(y.dtype.element_ty)
+    p_q = q + o_r.to(tl.int64)[:, None] * stride_q
+    p_base = base
     if base is not None:
-        p_base = base + o_t.to(tl.int64)[:, None] * stride_base + o_n[None, :]
-        b_y += tl.load(p_base, mask=m, other=0.0).to(tl.float32)
-    tl.store(y + o_t.to(tl.int64)[:, None] * d + o_n[None, :], b_y.to(y.dtype.element_ty), mask=m)
+        p_base += o_t.to(tl.int64)[:, None] * stride_base
+    p_y = y + o_t.to(tl.int64)[:, None] * d
+    first = i_c * chunk
+    # With stages stated, what enters no product is loaded ahead too. A bias alone is not worth it.
+    AHEAD: tl.constexpr = None if base is None else STAGES
+    for n in tl.range(first, min(first + chunk, d), BN, num_stages=AHEAD):
+        o_n = n + tl.arange(0, BN)
+        m_n = o_n < d
+        m = m_t[:, None] & m_n[None, :]
+        b_q = tl.load(p_q + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0)  # [R, BN]
+        b_y = tl.dot(b_hl, b_q.to(b_hl.dtype), input_precision=PRECISION)
+        if p_seed is not None:
+            b_y = tl.where(keep_block(p_seed, threshold, o_t, n, BT, BN), b_y * scale, 0.0)
+        if bias is not None:
+            b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        if base is not None:
+            b_y += tl.load(p_base + o_n[None, :], mask=m, other=0.0).to(tl.float32)
+        tl.store(p_y + o_n[None, :], b_y.to(y.dtype.element_ty), mask=m)
 
 
 @triton.jit
 def gradient_block(
-    x, u, h, lam, dp, dlam, p_seed,
-    scaling, scale, tangent, T, r, d, parts, blocks, threshold, stride_x,
-    stride_ut, stride_uc, stride_ht, i_s, i_k,
-    BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    x, u, lam, dp, p_seed,
+    scaling, scale, tangent, T, r, d, blocks, threshold, stride_x, stride_ut, stride_uc, i_s, i_k,
+    BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dP[i] = s·dropout(x)ᵀ(u ⊙ Λ) over the rows of split i, for one tile of columns.
 
-    With u = Σ_c u[c]; and if `dlam` is there, dΛ[i] = s·Σ_t h ⊙ u. With c = `tangent` other than 0
-    dP[i] = c·dropout(x)ᵀu instead.
+    With u = Σ_c u[c]. With c = `tangent` other than 0 dP[i] = c·dropout(x)ᵀu instead.
     """
+    # Of few parts the loads overlap with the products; there are more where there are few rows.
+    STAGES: tl.constexpr = 1 if PARTS > 4 or PARTS * R > 128 else None
     o_k = i_k * BK + tl.arange(0, BK)
     o_r = tl.arange(0, R)
     m_k, m_r = o_k < d, o_r < r
     b_lam, after = gradient_weights(lam, scaling, tangent, r, o_r)
     b_dp = tl.zeros([R, BK], tl.float32)
     first = i_s * blocks
-    last = min(first + blocks, tl.cdiv(T, BT))
-    for i in range(first, last):
+    for i in tl.range(first, min(first + blocks, tl.cdiv(T, BT)), num_stages=STAGES):
         o_t = i * BT + tl.arange(0, BT)
         p_x = x + o_t.to(tl.int64)[:, None] * stride_x + o_k[None, :]
         b_x = tl.load(p_x, mask=(o_t < T)[:, None] & m_k[None, :], other=0.0)  # [BT, BK]
         if p_seed is not None:
             b_x = tl.where(keep_block(p_seed, threshold, o_t, i_k * BK, BT, BK), b_x, 0.0)
-        b_u = rank_rows(u, stride_ut, stride_uc, parts, T, r, o_t, o_r)
+        b_u = rank_rows(u, stride_ut, stride_uc, T, r, o_t, o_r, PARTS)
         b_ul = (b_u * b_lam).to(b_x.dtype)  # [BT, R]
         b_dp = tl.dot(tl.trans(b_ul), b_x, b_dp, input_precision=PRECISION)
     p_dp = dp + (i_s.to(tl.int64) * r + o_r[:, None]) * d + o_k[None, :]
     b_dp = (b_dp * (scale * after)).to(dp.dtype.element_ty)
     tl.store(p_dp, b_dp, mask=m_r[:, None] & m_k[None, :])
-    if dlam is not None:  # noqa: SIM102
-        if i_k == 0:
-            b_dlam = tl.zeros([R], tl.float32)
-            for i in range(first, last):
-                o_t = i * BT + tl.arange(0, BT)
-                b_u = rank_rows(u, stride_ut, stride_uc, parts, T, r, o_t, o_r)
-                b_h = rank_rows(h, stride_ht, 0, None, T, r, o_t, o_r)
-                b_dlam += tl.sum(b_h * b_u, 0)
-            p_dlam = dlam + i_s.to(tl.int64) * r + o_r
-            tl.store(p_dlam, (b_dlam * scaling).to(dlam.dtype.element_ty), mask=m_r)
+
+
+@triton.jit
+def lam_block(
+    h, u, dlam, scaling, T, r, blocks, stride_ht, stride_ut, stride_uc, i_s,
+    BT: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """dΛ[i] = s·Σ_t h ⊙ u over the rows of split i, with u = Σ_c u[c]."""
+    o_r = tl.arange(0, R)
+    b_dlam = tl.zeros([R], tl.float32)
+    first = i_s * blocks
+    for i in range(first, min(first + blocks, tl.cdiv(T, BT))):
+        o_t = i * BT + tl.arange(0, BT)
+        b_u = rank_rows(u, stride_ut, stride_uc, T, r, o_t, o_r, PARTS)
+        b_dlam += tl.sum(rank_rows(h, stride_ht, 0, T, r, o_t, o_r, 1) * b_u, 0)
+    p_dlam = dlam + i_s.to(tl.int64) * r + o_r
+    tl.store(p_dlam, (b_dlam * scaling).to(dlam.dtype.element_ty), mask=o_r < r)
 
 
 @triton.jit
@@ -253,23 +276,23 @@ def shrink_kernel(
 @triton.jit(**FREE)
 def expand_kernel(
     h, lam, q, bias, base, y, h_sum, p_seed, gram,
-    scaling, scale, T, r, d, parts, threshold, stride_q, stride_base,
+    scaling, scale, T, r, d, chunk, threshold, stride_q, stride_base,
     stride_ht, stride_hc, stride_sum, gram_chunk, gram_splits,
-    BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-    GRAM: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
     """y = base + b + s·dropout((Σ_c h[c] ⊙ Λ) Q), [T, d]; h_sum = Σ_c h[c].
 
     If `gram` is there, its first programs also give the Gram matrix of Q.
     """
-    i_t, i_n = tl.program_id(0), tl.program_id(1)
+    i_t, i_c = tl.program_id(0), tl.program_id(1)
     expand_block(
         h, lam, q, bias, base, y, h_sum, p_seed,
-        scaling, scale, T, r, d, parts, threshold, stride_q, stride_base,
-        stride_ht, stride_hc, stride_sum, i_t, i_n, BT, BN, R, PRECISION,
+        scaling, scale, T, r, d, chunk, threshold, stride_q, stride_base,
+        stride_ht, stride_hc, stride_sum, i_t, i_c, BT, BN, R, PARTS, STAGES, PRECISION,
     )  # fmt: skip
     if gram is not None:
-        i = i_t * tl.num_programs(1) + i_n
+        i = i_t * tl.num_programs(1) + i_c
         if i < gram_splits:
             gram_block(q, gram, r, d, gram_chunk, stride_q, i, R, GRAM)
 
@@ -296,19 +319,26 @@ def gradients_dy_kernel(
     for i in range(0, min(blocks, tl.cdiv(T, BT) - i_s * blocks)):
         o_t = (i_s * blocks + i) * BT + tl.arange(0, BT)
         p_dy = dy + o_t.to(tl.int64)[:, None] * stride_dy
-        b_h = rank_rows(h, stride_ht, 0, None, T, r, o_t, o_r)
+        b_h = rank_rows(h, stride_ht, 0, T, r, o_t, o_r, 1)
         b_hl = tl.trans((b_h * b_lam).to(dy.dtype.element_ty))  # [R, BT]
         b_u = rank_zeros(BT, R)
         for n in range(first, last, BN):
             o_n = n + tl.arange(0, BN)
             m_n = o_n < d
             m_q = m_r[:, None] & m_n[None, :]
-            b_dy = tl.load(p_dy + o_n[None, :], mask=(o_t < T)[:, None] & m_n[None, :], other=0.0)
+            m_dy = (o_t < T)[:, None] & m_n[None, :]
+            b_dy = tl.load(p_dy + o_n[None, :], mask=m_dy, other=0.0)  # [BT, BN]
             b_q = tl.load(p_q + o_n[None, :], mask=m_q, other=0.0)  # [R, BN]
-            b_u = rank_dot(b_dy, b_q, b_u, PRECISION)
-            b_dq = tl.dot(b_hl, b_dy, input_precision=PRECISION) * after  # [R, BN]
             # What this very program stored for its earlier blocks of rows.
-            b_dq += tl.load(p_dq + o_n[None, :], mask=m_q & (i > 0), other=0.0).to(tl.float32)
+            b_sum = tl.load(p_dq + o_n[None, :], mask=m_q & (i > 0), other=0.0).to(tl.float32)
+            b_u = rank_dot(b_dy, b_q, b_u, PRECISION)
+            if dy.dtype.element_ty == tl.float32:
+                # Each product takes float32 in a layout of its own: one copy could not be
+                # asynchronous. The second comes from the cache.
+                b_dy = tl.load(
+                    p_dy + o_n[None, :], mask=m_dy, other=0.0, eviction_policy="evict_first"
+                )
+            b_dq = tl.dot(b_hl, b_dy, input_precision=PRECISION) * after + b_sum  # [R, BN]
             tl.store(p_dq + o_n[None, :], b_dq.to(dq.dtype.element_ty), mask=m_q)
         store_rank_rows(u + i_c * stride_uc.to(tl.int64), stride_ut, b_u, T, r, o_t, R)
         tl.debug_barrier()
@@ -335,74 +365,50 @@ def gradients_dy_apart_kernel(
     else:
         i -= programs_u
         gradient_block(
-            dy, h, None, lam, dq, None, None,
-            scaling, 1.0, tangent, T, r, d, None, blocks, 0, stride_dy, stride_ht, 0, 0,
-            i % splits, i // splits,
-            BT, BN, R, PRECISION,
+            dy, h, lam, dq, None,
+            scaling, 1.0, tangent, T, r, d, blocks, 0, stride_dy, stride_ht, 0,
+            i % splits, i // splits, BT, BN, R, 1, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit(**FREE)
 def gradients_x_kernel(
     x, p, h, lam, u, dp, dlam, base, dx, p_seed,
-    scaling, scale, tangent, T, r, d, programs_dp, parts, splits, blocks, threshold, stride_x,
-    stride_p, stride_ht, stride_ut, stride_uc,
-    BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    scaling, scale, tangent, T, r, d, programs_dp, splits, blocks, chunks, chunk, threshold,
+    stride_x, stride_p, stride_ht, stride_ut, stride_uc,
+    BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With u = Σ_c u[c], over the rows of split i:
 
-    dP[i] = s·dropout(x)ᵀ(u ⊙ Λ);  dΛ[i] = s·Σ_t h ⊙ u;  dx = base + s·dropout((u ⊙ Λ)Pᵀ)
+    dΛ[i] = s·Σ_t h ⊙ u;  dP[i] = s·dropout(x)ᵀ(u ⊙ Λ);  dx = base + s·dropout((u ⊙ Λ)Pᵀ)
 
-    Some programs read x and give dP and dΛ; others, if there is dx, write dx, which needs no x.
+    The first programs, if there is dΛ, read h and u alone; others read x and give dP; others, if
+    there is dx, write dx, which needs no x.
     """
     i = tl.program_id(0)
-    if i < programs_dp:
+    if dlam is not None:
+        i -= splits
+    if i < 0:
+        if dlam is not None:
+            lam_block(
+                h, u, dlam, scaling, T, r, blocks, stride_ht, stride_ut, stride_uc, i + splits,
+                BT, R, PARTS,
+            )  # fmt: skip
+    elif i < programs_dp:
         gradient_block(
-            x, u, h, lam, dp, dlam, p_seed,
-            scaling, scale, tangent, T, r, d, parts, blocks, threshold, stride_x,
-            stride_ut, stride_uc, stride_ht, i % splits, i // splits,
-            BT, BK, R, PRECISION,
+            x, u, lam, dp, p_seed,
+            scaling, scale, tangent, T, r, d, blocks, threshold, stride_x,
+            stride_ut, stride_uc, i % splits, i // splits, BT, BK, R, PARTS, PRECISION,
         )  # fmt: skip
     elif dx is not None:
         i -= programs_dp
-        tiles = tl.cdiv(d, BK)
         expand_block(
             u, lam, p, None, base, dx, None, p_seed,
-            scaling, scale, T, r, d, parts, threshold, stride_p, d,
-            stride_ut, stride_uc, 0, i // tiles, i % tiles,
-            BT, BK, R, PRECISION,
+            scaling, scale, T, r, d, chunk, threshold, stride_p, d,
+            stride_ut, stride_uc, 0, i // chunks, i % chunks,
+            BT, BK, R, PARTS, STAGES, PRECISION,
         )  # fmt: skip
-
-
-@triton.jit
-def sum_parts(parts, out, i, n, splits, BS: tl.constexpr, BE: tl.constexpr):
-    """out[e] = Σ_c parts[c, e] for the i-th block of e; BS parts are loaded at a time."""
-    o_e = i * BE + tl.arange(0, BE)
-    o_s = tl.arange(0, BS)
-    p_parts = parts + o_s.to(tl.int64)[:, None] * n + o_e[None, :]
-    b_sum = tl.zeros([BS, BE], tl.float32)
-    for c in range(0, splits, BS):
-        m = (c + o_s < splits)[:, None] & (o_e < n)[None, :]
-        b_sum += tl.load(p_parts, mask=m, other=0.0)
-        p_parts += BS * n
-    tl.store(out + o_e, tl.sum(b_sum, 0).to(out.dtype.element_ty), mask=o_e < n)
-
-
-@triton.jit
-def reduce_kernel(
-    parts, outputs, starts, sizes, odds, M: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr
-):
-    """Σ_i parts[i] for M lists of partial sums of any size and dtype, always in the same order.
-
-    parts: M × [splits, size]; outputs: M × [size]. A program finds its list by comparing its index
-    with the lists' first programs. `odds` are 2·splits + 1: numbers in a tuple that are 1 or
-    divisible by 16 would each have a kernel compiled for them, and splits change with T.
-    """
-    pid = tl.program_id(0)
-    for m in tl.static_range(M):
-        i = pid - starts[m]
-        if (i >= 0) & (i * BE < sizes[m]):
-            sum_parts(parts[m], outputs[m], i, sizes[m], odds[m] // 2, BS, BE)
 
 
 @triton.jit(**FREE)
@@ -451,31 +457,3 @@ def fused_kernel(
         b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     p_y = y + o_t.to(tl.int64)[:, None] * d_out + o_n[None, :]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
-
-
-@triton.jit
-def residual_of(gram, residual, r, splits, BR: tl.constexpr, R: tl.constexpr):
-    """R = Σ_c gram[c] − I, [r, r], BR rows at a time; returns ‖R‖²_F."""
-    o_c = tl.arange(0, R)
-    b_square = tl.zeros([BR], tl.float32)
-    for first in range(0, r, BR):
-        o_r = first + tl.arange(0, BR)
-        m = (o_r < r)[:, None] & (o_c < r)[None, :]
-        o_gram = o_r[:, None] * r + o_c[None, :]
-        b_sum = tl.zeros([BR, R], tl.float32)
-        for c in range(0, splits):
-            b_sum += tl.load(gram + c * r * r + o_gram, mask=m, other=0.0)
-        b_sum -= tl.where(m & (o_r[:, None] == o_c[None, :]), 1.0, 0.0)
-        tl.store(residual + o_gram, b_sum, mask=m)
-        b_square += tl.sum(b_sum * b_sum, 1)
-    return tl.sum(b_square)
-
-
-@triton.jit(do_not_specialize=["r", "splits_p", "splits_q"])
-def penalty_kernel(
-    gram_p, gram_q, residual_p, residual_q, penalty, r, splits_p, splits_q,
-    BR: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """Both residuals, and the penalty ‖R_P‖² + ‖R_Q‖². One program."""
-    square_p = residual_of(gram_p, residual_p, r, splits_p, BR, R)
-    tl.store(penalty, square_p + residual_of(gram_q, residual_q, r, splits_q, BR, R))
