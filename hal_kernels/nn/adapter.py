@@ -333,7 +333,7 @@ class HyperAdapter(State):
 
     def _with_views(self, factors: Packed, effective: Packed) -> Generation:
         p, q = self.layout.p.split(effective.p), self.layout.q.split(effective.q)
-        lam = effective.lam.split(self.layout.ranks)
+        lam = effective.lam.split_with_sizes(self.layout.ranks)
         return Generation(factors, effective, list(zip(p, lam, q, strict=True)))
 
     @torch.no_grad()
