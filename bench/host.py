@@ -54,11 +54,14 @@ SCRATCH = (
 )  # fmt: skip
 
 
+DEVICE = -1  # Triton keeps what it compiles by device: apart from what real ones have
+
+
 class _Driver:
     """What Triton asks the driver of an sm_90 for."""
 
     def get_current_device(self) -> int:
-        return 0
+        return DEVICE
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -88,7 +91,7 @@ def faked_gpu(launch: Callable[..., None] = nothing) -> Iterator[None]:
         kernel = CompiledKernel.__new__(CompiledKernel)
         kernel.function = kernel.packed_metadata = kernel.src = None
         kernel.name, kernel.module, kernel._run = key, object(), launcher
-        self.device_caches[0][0][key] = kernel
+        self.device_caches[DEVICE][0][key] = kernel
         return kernel
 
     library, before = torch.library.Library("hal", "IMPL"), driver._active
