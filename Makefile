@@ -110,7 +110,7 @@ bench: install ## measure training steps beside LoRA, AdaLoRA and the frozen mod
 
 # Every suite in small, each under two minutes; rows go to build/bench, which no report reads. Suites
 # that train on a task need DATA, the folder of its JSONL files.
-SUITES = launches overhead operators step table7 scaling goals
+SUITES = launches overhead host operators step table7 scaling goals
 DATA_SUITES = convergence gamma similarity training_time quality
 
 bench-quick: $(addprefix quick-,$(SUITES) $(if $(DATA),$(DATA_SUITES))) ## run every benchmark suite in small (DATA=folder adds those that train)

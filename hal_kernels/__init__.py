@@ -14,6 +14,7 @@ from .compaction import compact
 from .config import HALConfig
 from .distributed import replicate
 from .export import export_lora
+from .graphs import graphed
 from .introspection import Factors, factors, penalty, rank_pattern, step, summary
 from .merging import merge, unmerge
 from .nn import HALLinear
@@ -32,6 +33,7 @@ __all__ = [
     "disabled",
     "export_lora",
     "factors",
+    "graphed",
     "load_adapter",
     "merge",
     "ops",

@@ -13,7 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import common, goals, launches, least, models, operator_cases, operators, replay, report
+from bench import (
+    common,
+    goals,
+    host,
+    launches,
+    least,
+    models,
+    operator_cases,
+    operators,
+    replay,
+    report,
+)  # fmt: skip
 from hal_kernels.kernels import configs
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +55,18 @@ def test_launches_within_budget():
 def test_launches_beyond_budget(changes, message):
     found = launches.missed(results(**changes), "roberta")
     assert any(message in line for line in found)
+
+
+def test_host_time_is_that_of_the_cuda_operators():
+    """With launches counted; afterwards the CPU's operators serve again."""
+    model = host.layers_of("hal-spectral")
+    x = torch.randn(8, host.WIDTH)
+    before = model(x)
+    found = host.measured({"ours": host.pass_of("hal-spectral")}, repeats=3, parts=32)["ours"]
+    assert found["launches"] == pytest.approx(4, abs=0.5)
+    assert len(found["seconds"]) == 3 and min(found["seconds"]) > 0
+    assert min(host.modelled(found)) > 4 * host.LAUNCH_US * 1e-6
+    assert torch.equal(model(x), before)
 
 
 def test_launches_are_counted_from_the_triton_implementations():

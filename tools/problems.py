@@ -5,6 +5,7 @@ in 16 bits and in 32.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -132,13 +133,22 @@ def svd_problem(
     weight = normal(d, d, kind=dtype, scale=d**-0.5)
 
     def fused() -> Tensors:
-        tile = architecture_of(device).svd_tiles(r, True).fused[number]
-        svd_kernels.fused_(y, h, x, weight, None, p, lam, p, s, 0.0, None, tile)
-        return [y, h]
+        with using(_with_one_fused_tile(architecture_of(device), r, number)):
+            layer = [weight], [None], [p], [lam], [p]
+            (out,), hidden = svd_kernels.forward(x, *layer, s, 0.0, None, path="fused")
+        return [out, hidden]
 
     hidden = wide @ factor.t()
     adapter = (hidden * lam.double() * s).to(dtype).double() @ factor
     return Problem(fused, lambda out: out, [wide @ weight.double().t() + adapter, hidden], bound)
+
+
+@functools.cache
+def _with_one_fused_tile(gpu: Architecture, rank: int, number: int) -> Architecture:
+    """`gpu` without the other tiles, for layers of this rank."""
+    tiles = gpu.svd_tiles(rank, True)
+    one = dataclasses.replace(tiles, fused=tiles.fused[number : number + 1])
+    return dataclasses.replace(gpu, svd={rank: one})
 
 
 def penalty_problem(

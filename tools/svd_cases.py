@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from hal_kernels.kernels.configs import ARCHITECTURES, HIGHEST_RANK, ODD, SVDTiles, Tile
-from hal_kernels.ops.svd_linear.triton import ONE_PASS, PENALTY, REDUCE
+from hal_kernels.ops.svd_linear.plans import ONE_PASS, REDUCE
+from hal_kernels.ops.svd_linear.triton import PENALTY
 from hal_kernels.ops.svd_linear.triton_kernels import (
     ANYWHERE,
     RUN_TIME,

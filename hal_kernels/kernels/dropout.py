@@ -43,7 +43,7 @@ def keep_kernel(keep, p_seed, n, d, first, threshold, scale, BT: tl.constexpr, B
     tl.store(p_keep, b_keep.to(keep.dtype.element_ty), mask=m)
 
 
-def thresholds(dropout: float, seed: torch.Tensor | None) -> tuple[int, float]:
+def thresholds(dropout: float, seed: object) -> tuple[int, float]:
     """(threshold, scale) of a dropout probability; (0, 1) without a seed."""
     if seed is None:
         return 0, 1.0
@@ -59,7 +59,7 @@ def fill_keep_(keep: torch.Tensor, first: int, dropout: float, seed: torch.Tenso
     n, d = keep.shape
     if keep.numel():
         with on_device_of(keep):
-            keep_kernel[(triton.cdiv(n, TILE["BT"]), triton.cdiv(d, TILE["BK"]))](
+            keep_kernel[(-(-n // TILE["BT"]), -(-d // TILE["BK"]))](
                 keep, seed, n, d, first, *thresholds(dropout, seed), **TILE, num_warps=4
             )
     return keep

@@ -333,7 +333,7 @@ class HyperAdapter(State):
 
     def _with_views(self, factors: Packed, effective: Packed) -> Generation:
         p, q = self.layout.p.split(effective.p), self.layout.q.split(effective.q)
-        lam = effective.lam.split(self.layout.ranks)
+        lam = effective.lam.split_with_sizes(self.layout.ranks)
         return Generation(factors, effective, list(zip(p, lam, q, strict=True)))
 
     @torch.no_grad()
@@ -401,13 +401,14 @@ class HyperAdapter(State):
         recent, taken = self._recent, self.taken
         moved = self._has_gradient() and self.watched().lam.grad is not None
         moved = taken is not None or moved
-        if moved and recent is not None:  # else there was nothing to step
+        # Else there was nothing to step. (A CUDA graph's replay generates nothing, here.)
+        if moved and (self.direct or recent is not None):
             self.steps += 1
             self._run_begins = False
             if self.steps == 1:
                 announce(self)
             self.notices.step_taken(self.gamma)
-            if not self.direct:
+            if not self.direct and recent is not None:
                 torch._foreach_copy_(self.packed().tensors(), recent.tensors())
             allocate(self)
             if taken is not None:

@@ -86,7 +86,7 @@ class Side:
         """Every layer's own rows, by layer: views of the packed tensors."""
         views: list[torch.Tensor] = [packed[0]] * len(self.order)
         for group, tensor in zip(self.groups, packed, strict=True):
-            for layer, view in zip(group.layers, tensor.split(group.ranks), strict=True):
+            for layer, view in zip(group.layers, tensor.split_with_sizes(group.ranks), strict=True):
                 views[layer] = view
         return views
 

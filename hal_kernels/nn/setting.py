@@ -27,7 +27,9 @@ def expect_supported(model: nn.Module, adapter: HyperAdapter) -> None:
 
 
 def _expect_one_device(model: nn.Module, adapter: HyperAdapter) -> None:
-    own = {t.device for t in [*adapter.parameters(), *adapter.buffers()]}
+    # parameters() and buffers() would take most of a millisecond, in every step.
+    held = [t for m in adapter.modules() for t in (*m._parameters.values(), *m._buffers.values())]
+    own = {t.device for t in held if t is not None}
     slots = ((m, m.__dict__.get("_hal")) for m in model.modules())
     weights = (m.weight for m, slot in slots if slot is not None and slot.adapter is adapter)
     # Offloaded weights are on the meta device until their layer is called.

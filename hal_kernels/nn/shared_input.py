@@ -107,9 +107,9 @@ class SharedInput:
 
         With dropout it always is: each layer masks x differently.
         """
-        index = next((i for i, member in enumerate(self.layers) if member is layer), None)
-        if self.given_up or index is None or dropout > 0.0 or not _shows_changes(x):
+        if self.given_up or dropout > 0.0 or layer not in self.layers or not _shows_changes(x):
             return None
+        index = self.layers.index(layer)
         if index == 0:
             self._drop()
             return self._compute(x, factors, scaling, tangent)
@@ -182,10 +182,8 @@ def _ready(layer: Adapted, leader: Adapted) -> bool:
 
 def _key(layer: Adapted, factors: LayerFactors) -> tuple[Any, ...]:
     """What an output depends on beside x: tensors, and how often each was written to."""
-    tensors = [layer.weight, *factors]
-    if layer.bias is not None:
-        tensors.append(layer.bias)
-    return tuple((t, _version(t)) for t in tensors)
+    tensors = [layer.weight, layer.bias, *factors]
+    return tuple([(t, _version(t)) for t in tensors if t is not None])
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -98,11 +98,13 @@ def check(inputs, dy=None, layout="contiguous", tangent=0.0):
     return log
 
 
+APART = {"svd": LARGE, "gemm_slowdown": 1e9}  # no fused path
+
+
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch):
     """Few programs, for the interpreter; and no fused path unless a test wants it."""
-    gpu_like(monkeypatch, svd=LARGE)
-    monkeypatch.setattr(kernels, "tile_of_fused", lambda *args, **_: None)
+    gpu_like(monkeypatch, **APART)
 
 
 EXPANDED = ["shrink", *["expand"] * 3]
@@ -131,7 +133,7 @@ def test_rows(T):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_and_columns_shared_out(monkeypatch, dtype):
     """Partial h, u, dP and dQ; the layers' widths give u different numbers of parts."""
-    gpu_like(monkeypatch, svd=LARGE, multiprocessors=12, row_splits=2, block_splits=(2, 2))
+    gpu_like(monkeypatch, **APART, multiprocessors=12, row_splits=2, block_splits=(2, 2))
     log = check(make(200, 256, (272, 16, 144), dtype=dtype))
     assert log == [*EXPANDED, *BACKWARD, "reduce"]
 
@@ -150,18 +152,14 @@ def test_tangent_gradients(T, dtype, unused):
 
 @pytest.mark.parametrize("prepare", [True, False])
 def test_gemm_first_or_last(monkeypatch, prepare):
-    import dataclasses
-
-    gpu_like(monkeypatch, svd=LARGE)
-    gpu = dataclasses.replace(kernels.architecture_of(None), prepare=prepare)
-    monkeypatch.setattr(kernels, "architecture_of", lambda device: gpu)
+    gpu_like(monkeypatch, **APART, prepare=prepare)
     check(make(20))
 
 
 @pytest.mark.parametrize("without", [(), (1,), (0, 2)])
 def test_fused(monkeypatch, without):
     """One launch a layer, which writes its columns of h."""
-    monkeypatch.setattr(kernels, "tile_of_fused", lambda *args, **_: LARGE[128].fused[0])
+    gpu_like(monkeypatch, svd=LARGE, gemm_slowdown=0.0)
     inputs = make(40, ranks=(3, 5, 8))
     for i in without:
         inputs["bias"][i] = None

@@ -175,7 +175,7 @@ def backward(
     rank, tiles = architecture_of(dvalue.device).penalty_tiles(max(max_ranks))
     tile = tiles.gradient
     counts = [
-        (o.shape[0] - 1) * triton.cdiv(f.shape[1], tile.columns)
+        (o.shape[0] - 1) * -(-f.shape[1] // tile.columns)
         for f, o in zip(factors, offsets, strict=True)
     ]
     if sum(counts):

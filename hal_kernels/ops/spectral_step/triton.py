@@ -188,7 +188,7 @@ def step_(
         "N": len(widths), "NP": len(p), "R": rank, "num_warps": WARPS,
     }  # fmt: skip
     offsets, starts = tuple(o.contiguous() for o in offsets), starts_of(counts)
-    tiles = [count * triton.cdiv(width, BK) for count, width in zip(counts, widths, strict=True)]
+    tiles = [count * -(-width // BK) for count, width in zip(counts, widths, strict=True)]
     with on_device_of(lam):
         gram_kernel[(2 * n,)](
             factors, momenta, gradients, offsets, grams, totals, cosines, starts,

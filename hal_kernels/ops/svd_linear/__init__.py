@@ -27,6 +27,7 @@ base GEMM is the vendor library's, and low-rank product and GEMM accumulate into
 it pays, the cuda backend does both in one GEMM of its own.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -292,9 +293,7 @@ def layer_penalty(p: torch.Tensor, q: torch.Tensor, grams: list[torch.Tensor]) -
 class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: torch.Tensor, q: torch.Tensor, grams: list[torch.Tensor]) -> Any:
-        from . import triton
-
-        penalty, residuals = triton.penalty_of(grams)
+        penalty, residuals = _triton().penalty_of(grams)
         ctx.save_for_backward(p, q, *residuals)
         return penalty
 
@@ -330,10 +329,8 @@ class _Layer(torch.autograd.Function):
         if grams is None:
             y, h = _svd_linear(x, weight, base, p, lam, q, scaling, dropout, seed)
         else:
-            from . import triton
-
             layer = [weight], [base], [p], [lam], [q]
-            (y,), h = triton.forward(x, *layer, scaling, dropout, seed, grams=grams)
+            (y,), h = _triton().forward(x, *layer, scaling, dropout, seed, grams=grams)
         ctx.save_for_backward(x, h, weight, p, lam, q, seed, mask)
         ctx.options = scaling, dropout, tangent
         return y
@@ -399,7 +396,11 @@ class _Group(torch.autograd.Function):
         factors = (none, none, none)
         if wanted:
             ranks = ranks_of(p)
-            factors = (dp.split(ranks), none if tangent else dlam.split(ranks), dq)
+            factors = (
+                dp.split_with_sizes(ranks),
+                none if tangent else dlam.split_with_sizes(ranks),
+                dq,
+            )
         dfactors = (g for group in factors for g in group)
         return None, None, dx if needs_x else None, *dweight, *dbias, *dfactors
 
@@ -434,9 +435,15 @@ def _wants_factors(needs: Sequence[bool], tangent: float) -> bool:
 # -- operators, all below autograd -----------------------------------------------------------------
 
 
-def _on_cuda(x: torch.Tensor, p: Factors, q: Factors) -> Any:
+@functools.cache
+def _triton() -> Any:
     from . import triton  # when it is first needed: the package works without triton
 
+    return triton
+
+
+def _on_cuda(x: torch.Tensor, p: Factors, q: Factors) -> Any:
+    triton = _triton()
     return triton if triton.supported(x, p, q) else default
 
 

@@ -20,7 +20,7 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]
 
 def flat(x: torch.Tensor) -> torch.Tensor:
     """``[..., d]`` as ``[T, d]``: a view where x's strides allow one."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def ranks_of(p: Factors) -> list[int]:

@@ -18,15 +18,14 @@ Launches beyond the base GEMMs of n layers (of y forward, of dx backward): forwa
 reduction), one less up to one block of rows, and 2n where the factors are frozen.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
-import triton
 
-from ...kernels.configs import HIGHEST_RANK, Tile, architecture_of, chunk_of, fused_tile
-from ...kernels.dropout import thresholds
-from ...kernels.launch import DTYPES, aligned, dot_precision, on_device_of, padded
+from ...kernels.configs import HIGHEST_RANK, architecture_of
+from ...kernels.launch import DTYPES, dot_precision, on_device_of, padded
+from ...kernels.plan import kinds
+from . import plans
 from .default import Factors, Gradients, empty_gradients, empty_outputs, flat, joined, ranks_of
 from .triton_kernels import (
     expand_kernel,
@@ -39,8 +38,6 @@ from .triton_kernels import (
 from .triton_sums import penalty_kernel, reduce_kernel
 
 PATHS = ("prepare", "add", "fused")
-ONE_PASS = 32  # the highest padded rank for which u and dQ come of one pass over dy
-REDUCE = {"BS": 4, "BE": 256}
 PENALTY = {"BR": 16, "num_warps": 4}
 
 
@@ -50,14 +47,8 @@ def supported(x: torch.Tensor, p: Factors, q: Factors) -> bool:
     Not: float64 (tl.dot has no fast form of it), joined ranks above 128 (a tile of them does not
     fit shared memory) and sizes of zero (nothing to launch).
     """
-    ranks = ranks_of(p)
-    return (
-        x.dtype in DTYPES
-        and min(ranks) >= 1
-        and sum(ranks) <= HIGHEST_RANK
-        and x.numel() > 0
-        and all(t.shape[1] > 0 for t in q)
-    )
+    empty = 0 in [x.numel(), *(t.numel() for t in q)]
+    return x.dtype in DTYPES and not empty and sum(ranks_of(p)) <= HIGHEST_RANK
 
 
 def forward(
@@ -78,29 +69,49 @@ def forward(
 
     A single layer's partial Gram matrices of P and Q, for `penalty_of`, are appended to `grams`.
     """
-    rows, ranks = rows_of(x), ranks_of(p)
+    rows, ranks = _read(x), ranks_of(p)
     every, lam = dense(joined(p)), [t.contiguous() for t in lam]
     base = [
         b if b is None or w is None else b.contiguous() for b, w in zip(base, weight, strict=True)
     ]
     p, q = [every] if len(ranks) == 1 else [dense(t) for t in p], [dense(t) for t in q]
     path = "prepare" if grams is not None and path is None else path
-    tiles = [tile_of_fused(rows, *own, path) for own in zip(weight, p, q, strict=True)]
-    if None not in tiles:
-        outputs, h = empty_outputs(x, p, q)
-        layers = zip(outputs, columns_of(h, ranks), weight, base, p, lam, q, tiles, strict=True)
-        for out, own_h, own_weight, own_base, own_p, own_lam, own_q, tile in layers:
-            assert own_weight is not None and tile is not None
-            fused_(
-                flat(out), own_h, rows, own_weight, own_base, own_p, own_lam, own_q,
-                scaling, dropout, seed, tile,
+    with on_device_of(x):
+        launches = None
+        if path not in ("prepare", "add") and weight[0] is not None:
+            launches = plans.fused(
+                architecture_of(x.device), kinds(rows, seed, *weight, *base, *p, *lam, *q),
+                scaling, dropout, path == "fused", dot_precision(x.dtype),
             )  # fmt: skip
+        if launches is None:
+            rows = flat(rows)
+            h = shrink(rows, every, dropout, seed, grams)
+            gemm_first = _gemm_first(x, path)
+            return _expanded(x, rows, h, weight, base, lam, q, scaling, gemm_first, grams)
+        outputs, h = empty_outputs(x, p, q)
+        layers = zip(
+            launches, weight, base, p, lam, q, outputs, columns_of(h, ranks), strict=True
+        )  # fmt: skip
+        for launch, *layer in layers:
+            launch(fused_kernel, rows, *layer, seed)
         return outputs, h
+
+
+def _expanded(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    parts: torch.Tensor,
+    weight: Sequence[torch.Tensor | None],
+    base: Sequence[torch.Tensor | None],
+    lam: Factors,
+    q: Factors,
+    scaling: float,
+    gemm_first: bool,
+    grams: list[torch.Tensor] | None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     outputs = [x.new_empty(*x.shape[:-1], t.shape[1]) for t in q]
-    parts = shrink(rows, every, dropout, seed, grams)
-    h = total_of(parts)
+    h, ranks = total_of(parts), ranks_of(q)
     columns = zip(columns_of(parts, ranks), columns_of(h, ranks), strict=True)
-    gemm_first = _gemm_first(x, path)
     layers = zip(outputs, weight, base, columns, lam, q, strict=True)
     for out, own_weight, own_base, (own_parts, own_h), own_lam, own_q in layers:
         y, bias, added = flat(out), own_base, None
@@ -135,43 +146,35 @@ def backward(
     path: str | None = None,
 ) -> Gradients:
     """As `default.backward`, where at least one dy is given. `path` is "prepare" or "add"."""
-    rows, upstream = rows_of(x), [None if g is None else rows_of(g) for g in dy]
-    dx, dp, dlam, dq = empty_gradients(x, p, lam, q, tangent, needs_dx, False)
-    dx = flat(dx) if needs_dx else dx
+    upstream = [None if g is None else rows_of(g) for g in dy]
+    gradient = x.new_empty(x.shape if needs_dx else (0,))
+    dx = flat(gradient) if needs_dx else None
     gemms = [
         (g, w)
         for g, w in zip(upstream, weight, strict=True)
         if needs_dx and g is not None and w is not None
     ]
     add = gemm_first = bool(gemms) and _gemm_first(x, path)
-    if gemm_first:
-        _multiply_(dx, gemms, add=False)
-    if needs_factors:
-        prepared = dx if needs_dx else None
-        dp, dlam, dq = _factor_gradients(
-            upstream,
-            rows,
-            h.contiguous(),
-            p,
-            lam,
-            q,
-            scaling,
-            dropout,
-            seed,
-            tangent,
-            prepared,
-            add,
-        )
-    elif needs_dx:
-        for g, own_p, own_lam, own_q in zip(upstream, p, lam, q, strict=True):
-            if g is not None:
-                u, base = shrink(g, dense(own_q)), dx if add else None
-                lam_, p_ = own_lam.contiguous(), dense(own_p)
-                expand_(dx, u, lam_, p_, scaling, base=base, dropout=dropout, seed=seed)
-                add = True
-    if not gemm_first:
-        _multiply_(dx, gemms, add=True)
-    return dx.view(x.shape) if needs_dx else dx, dp, dlam, dq
+    with on_device_of(x):
+        if gemm_first:
+            _multiply_(dx, gemms, add=False)
+        if needs_factors:
+            factors = _factor_gradients(
+                upstream, _read(x), h.contiguous(), p, lam, q, scaling, dropout, seed, tangent,
+                dx, add,
+            )  # fmt: skip
+        else:
+            factors = empty_gradients(x, p, lam, q, tangent, False, False)[1:]
+            if dx is not None:
+                for g, own_p, own_lam, own_q in zip(upstream, p, lam, q, strict=True):
+                    if g is not None:
+                        u, base = shrink(g, dense(own_q)), dx if add else None
+                        lam_, p_ = own_lam.contiguous(), dense(own_p)
+                        expand_(dx, u, lam_, p_, scaling, base=base, dropout=dropout, seed=seed)
+                        add = True
+        if not gemm_first:
+            _multiply_(dx, gemms, add=True)
+    return gradient, *factors
 
 
 def _gemm_first(x: torch.Tensor, path: str | None) -> bool:
@@ -179,10 +182,11 @@ def _gemm_first(x: torch.Tensor, path: str | None) -> bool:
 
 
 def _multiply_(
-    out: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, add: bool
+    out: torch.Tensor | None, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, add: bool
 ) -> None:
-    """out (+)= Σ a·b."""
+    """out (+)= Σ a·b; without pairs there may be no `out`."""
     for a, b in pairs:
+        assert out is not None
         if add:
             out.addmm_(a, b)
         else:
@@ -205,25 +209,34 @@ def _factor_gradients(
     add: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """dP and dΛ, joined, and each layer's dQ; the adapters' dx is written to `dx`, or added."""
-    ranks, q = ranks_of(p), [dense(t) for t in q]
+    ranks, q, lam = ranks_of(p), [dense(t) for t in q], [t.contiguous() for t in lam]
     every_p, every_lam = dense(joined(p)), joined(lam).contiguous()
-    parts = max(parts_of_u(g, t) for g, t in zip(dy, q, strict=True) if g is not None)
-    u = (h.new_zeros if any(g is None for g in dy) else h.new_empty)(parts, *h.shape)
+    plan = plans.backward(
+        architecture_of(x.device), kinds(x, h, seed, dx, every_p, every_lam, *dy, *lam, *q),
+        scaling, tangent, dropout, add, dot_precision(x.dtype),
+    )  # fmt: skip
+    u = (h.new_empty if None not in plan.of_dy else h.new_zeros)(plan.u)
     sums = []
-    columns = zip(dy, columns_of(h, ranks), columns_of(u, ranks), lam, q, strict=True)
-    for g, own_h, own_u, own_lam, own_q in columns:
-        if g is None:
+    layers = zip(
+        dy, columns_of(h, ranks), columns_of(u, ranks), lam, q, plan.of_dy, strict=True
+    )  # fmt: skip
+    for own_dy, own_h, own_u, own_lam, own_q, own in layers:
+        if own_dy is None:
             sums.append(torch.zeros_like(own_q))
         else:
-            sums.append(
-                gradients_dy(g, own_h, own_u, own_lam.contiguous(), own_q, scaling, tangent)
-            )
+            factors = (own_lam, own_q)
+            sums.append(gradients_dy(own_dy, own_h, own_u, *factors, scaling, tangent, plan=own))
     dp, dlam = gradients_x(
         x, h, u, every_p, every_lam, scaling,
-        tangent=tangent, dropout=dropout, seed=seed, dx=dx, add=add,
+        tangent=tangent, dropout=dropout, seed=seed, dx=dx, add=add, plan=plan.of_x,
     )  # fmt: skip
     dp, dlam, *dq = reduce([dp, dlam, *sums], [every_p, every_lam, *q])
     return dp, dlam, dq
+
+
+def _read(x: torch.Tensor) -> torch.Tensor:
+    """What only kernels read: as `rows_of`, or still ``[..., d]``, which spares a view."""
+    return x if x.is_contiguous() else rows_of(x)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -239,7 +252,7 @@ def dense(p: torch.Tensor) -> torch.Tensor:
 
 def columns_of(t: torch.Tensor, ranks: list[int]) -> Sequence[torch.Tensor]:
     """Each layer's columns of h, u or partial sums of them."""
-    return [t] if len(ranks) == 1 else t.split(ranks, -1)
+    return [t] if len(ranks) == 1 else t.split_with_sizes(ranks, -1)
 
 
 def shrink(
@@ -253,20 +266,12 @@ def shrink(
 
     Partial sums ``[splits, r, r]`` of PᵀP are appended to `grams`, if it is given.
     """
-    (T, d), r, gpu = x.shape, p.shape[0], architecture_of(x.device)
-    tile = gpu.svd_tiles(r, aligned(x, p)).shrink
-    columns, blocks = tile.columns_of(x.dtype), triton.cdiv(T, tile.rows)
-    parts = gpu.column_parts_of(blocks, d, columns)
-    h = x.new_empty(parts, T, r, dtype=torch.float32)
-    threshold, scale = thresholds(dropout, seed)
-    gram, sizes = _gram(grams, h, p, columns, blocks * parts)
-    with on_device_of(x):
-        shrink_kernel[(blocks, parts)](
-            x, p, h, seed, gram, scale, T, r, d, chunk_of(d, columns, parts), threshold,
-            x.stride(0), p.stride(0), h.stride(1), h.stride(0), *sizes,
-            BT=tile.rows, BK=columns, R=padded(r), PRECISION=dot_precision(x.dtype),
-            GRAM=dot_precision(p.dtype), **tile.options,
-        )  # fmt: skip
+    plan = plans.shrink(
+        architecture_of(x.device), kinds(x, p, seed), dropout, grams is not None,
+        dot_precision(x.dtype), dot_precision(p.dtype),
+    )  # fmt: skip
+    h = x.new_empty(plan.h, dtype=torch.float32)
+    plan.launch(shrink_kernel, x, p, h, seed, _gram(grams, h, plan.gram))
     return h
 
 
@@ -295,35 +300,23 @@ def expand_(
     parts, their sum is written to `h_sum` ``[T, r]``, which may be columns of a wider one too.
     Partial sums ``[splits, r, r]`` of QQᵀ are appended to `grams`, if it is given.
     """
-    (T, d), (parts, _, r), gpu = y.shape, h.shape, architecture_of(y.device)
-    tile = gpu.svd_tiles(r, aligned(y, q)).expand
-    columns, blocks = tile.columns_of(y.dtype), triton.cdiv(T, tile.rows)
-    h_sum = h_sum if parts > 1 else None
-    threshold, scale = thresholds(dropout, seed)
-    chunks, chunk = gpu.chunks_of(blocks, d, columns)
-    gram, sizes = _gram(grams, h, q, columns, blocks * chunks)
-    with on_device_of(y):
-        expand_kernel[(blocks, chunks)](
-            h, lam, q, bias, base, y, h_sum, seed, gram, scaling, scale, T, r, d,
-            chunk, threshold, q.stride(0),
-            0 if base is None else base.stride(0), h.stride(1), h.stride(0),
-            0 if h_sum is None else h_sum.stride(0), *sizes,
-            BT=tile.rows, BN=columns, R=padded(r), PARTS=parts, STAGES=tile.num_stages,
-            PRECISION=dot_precision(y.dtype), GRAM=dot_precision(q.dtype), **tile.options,
-        )  # fmt: skip
+    h_sum = h_sum if h.shape[0] > 1 else None
+    plan = plans.expand(
+        architecture_of(y.device), kinds(y, h, lam, q, bias, base, h_sum, seed), scaling, dropout,
+        grams is not None, dot_precision(y.dtype), dot_precision(q.dtype),
+    )  # fmt: skip
+    gram = _gram(grams, h, plan.gram)
+    plan.launch(expand_kernel, h, lam, q, bias, base, y, h_sum, seed, gram)
 
 
 def _gram(
-    grams: list[torch.Tensor] | None, h: torch.Tensor, f: torch.Tensor, columns: int, programs: int
-) -> tuple[torch.Tensor | None, tuple[int, int]]:
-    """A buffer for partial Gram matrices of F, the columns of each, and how many they are."""
-    if grams is None:
-        return None, (0, 0)
-    r, d = f.shape
-    splits = min(architecture_of(h.device).column_parts, programs, triton.cdiv(d, columns))
-    chunk = chunk_of(d, columns, splits)
-    grams.append(h.new_empty(triton.cdiv(d, chunk), r, r))
-    return grams[-1], (chunk, len(grams[-1]))
+    grams: list[torch.Tensor] | None, h: torch.Tensor, shape: plans.Shape | None
+) -> torch.Tensor | None:
+    """A buffer for partial Gram matrices, if they are wanted."""
+    if grams is None or shape is None:
+        return None
+    grams.append(h.new_empty(shape))
+    return grams[-1]
 
 
 def penalty_of(grams: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -340,13 +333,8 @@ def penalty_of(grams: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tens
 
 def parts_of_u(dy: torch.Tensor, q: torch.Tensor) -> int:
     """In how many parts `gradients_dy` gives u best. It takes any number of them."""
-    (T, d), r, gpu = dy.shape, q.shape[0], architecture_of(dy.device)
-    tile = gpu.svd_tiles(r, aligned(dy, q)).dy_of(dy.dtype)
-    blocks = triton.cdiv(T, tile.rows)
-    if padded(r) <= ONE_PASS:
-        blocks, _ = gpu.bound_rows(blocks, 4 * r * d)
-    # Half as many as of h: all of them are read for each tile of columns of x.
-    return gpu.column_parts_of(2 * blocks, d, tile.columns_of(dy.dtype))
+    parts: int = plans.parts_of_u(architecture_of(dy.device), kinds(dy, q))
+    return parts
 
 
 def gradients_dy(
@@ -357,34 +345,21 @@ def gradients_dy(
     q: torch.Tensor,
     scaling: float,
     tangent: float = 0.0,
+    plan: plans.OfDy | None = None,
 ) -> torch.Tensor:
     """Writes partial sums ``[parts, T, r]`` of dy·Qᵀ to `u`; returns dQ. One launch.
 
     dQ is ``[r, d]`` in Q's dtype, or partial sums of it ``[splits, r, d]``, which `reduce` takes.
     h ``[T, r]`` and u may be columns of wider ones; parts of u beyond dy's columns become zero.
     """
-    (T, d), (parts, _, r), gpu = dy.shape, u.shape, architecture_of(dy.device)
-    tile, R = gpu.svd_tiles(r, aligned(dy, q)).dy_of(dy.dtype), padded(r)
-    columns, blocks = tile.columns_of(dy.dtype), triton.cdiv(T, tile.rows)
-    tiles, chunk, apart = triton.cdiv(d, columns), chunk_of(d, columns, parts), R > ONE_PASS
-    splits, each = gpu.split_rows(blocks, tiles) if apart else gpu.bound_rows(blocks, 4 * r * d)
-    # A single split that is summed in registers is the sum.
-    whole = splits == 1 and (apart or each == 1)
-    dq = q.new_empty(r, d) if whole else h.new_empty(splits, r, d)
-    sizes = {"BT": tile.rows, "BN": columns, "R": R, "PRECISION": dot_precision(dy.dtype)}
-    strides = (dy.stride(0), q.stride(0), h.stride(0), u.stride(1), u.stride(0))
-    with on_device_of(dy):
-        if apart:
-            programs = blocks * parts
-            gradients_dy_apart_kernel[(programs + splits * tiles,)](
-                dy, q, h, lam, u, dq, scaling, tangent, T, r, d, chunk, programs, parts, splits,
-                each, *strides, **sizes, **tile.options,
-            )  # fmt: skip
-        else:
-            gradients_dy_kernel[(splits, parts)](
-                dy, q, h, lam, u, dq, scaling, tangent, T, r, d, chunk, each,
-                *strides, **sizes, **tile.options,
-            )  # fmt: skip
+    plan = plan or plans.gradients_dy(
+        architecture_of(dy.device), kinds(dy, q, h, lam, u), scaling, tangent,
+        dot_precision(dy.dtype),
+    )  # fmt: skip
+    assert plan is not None
+    dq = torch.empty_like(q) if plan.whole else h.new_empty(plan.dq)
+    kernel = gradients_dy_apart_kernel if plan.apart else gradients_dy_kernel
+    plan.launch(kernel, dy, q, h, lam, u, dq)
     return dq
 
 
@@ -401,32 +376,25 @@ def gradients_x(
     seed: torch.Tensor | None = None,
     dx: torch.Tensor | None = None,
     add: bool = False,
+    plan: plans.OfX | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dP and dΛ; the adapter's dx is written to `dx`, or with `add` added to it. One launch.
 
     dP is ``[r, d]`` in P's dtype and dΛ ``[r]`` in its own, or both are partial sums
     ``[splits, ...]``, which `reduce` takes. With `tangent` dΛ is empty. h ``[T, r]`` and u
-    ``[parts, T, r]`` may be columns of wider ones.
+    ``[parts, T, r]`` may be columns of wider ones. x may be contiguous with more dimensions.
     """
-    (T, d), (parts, _, r), gpu = x.shape, u.shape, architecture_of(x.device)
-    tile = gpu.svd_tiles(r, aligned(x, p)).x
-    columns, blocks = tile.columns_of(x.dtype), triton.cdiv(T, tile.rows)
-    splits, each = gpu.split_rows(blocks, tiles := triton.cdiv(d, columns))
-    chunks, chunk = gpu.chunks_of(blocks, d, columns)
-    dp = p.new_empty(r, d) if splits == 1 else h.new_empty(splits, r, d)
-    dlam = lam.new_empty(r) if splits == 1 else h.new_empty(splits, r)
-    if tangent:
-        dlam = lam.new_empty(0)
-    threshold, scale = thresholds(dropout, seed)
-    programs, of_lam = splits * tiles, 0 if tangent else splits
-    with on_device_of(x):
-        gradients_x_kernel[(of_lam + programs + (0 if dx is None else blocks * chunks),)](
-            x, p, h, lam, u, dp, None if tangent else dlam, dx if add else None, dx, seed,
-            scaling, scale, tangent, T, r, d, programs, splits, each, chunks, chunk,
-            threshold, x.stride(0), p.stride(0), h.stride(0), u.stride(1), u.stride(0),
-            BT=tile.rows, BK=columns, R=padded(r), PARTS=parts, STAGES=tile.num_stages,
-            PRECISION=dot_precision(x.dtype), **tile.options,
-        )  # fmt: skip
+    base = dx if add else None
+    plan = plan or plans.gradients_x(
+        architecture_of(x.device), kinds(x, p, h, lam, u, dx, base, seed), scaling, tangent,
+        dropout, dot_precision(x.dtype),
+    )  # fmt: skip
+    assert plan is not None
+    dp = torch.empty_like(p) if plan.whole else h.new_empty(plan.dp)
+    dlam = (lam if plan.whole or tangent else h).new_empty(plan.dlam)
+    plan.launch(
+        gradients_x_kernel, x, p, h, lam, u, dp, None if tangent else dlam, base, dx, seed
+    )  # fmt: skip
     return dp, dlam
 
 
@@ -441,60 +409,7 @@ def reduce(sums: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> list[t
     ]
     partial = [(t, out) for t, out in zip(sums, outputs, strict=True) if t is not out]
     if partial:
-        sizes = [out.numel() for _, out in partial]
-        blocks = [triton.cdiv(n, REDUCE["BE"]) for n in sizes]
-        with on_device_of(partial[0][0]):
-            reduce_kernel[(sum(blocks),)](
-                tuple(t for t, _ in partial), tuple(out for _, out in partial),
-                tuple(itertools.accumulate(blocks[:-1], initial=0)), tuple(sizes),
-                tuple(2 * t.shape[0] + 1 for t, _ in partial), M=len(partial), **REDUCE,
-                num_warps=4,
-            )  # fmt: skip
+        parts, totals = zip(*partial, strict=True)
+        launch = plans.reduce(architecture_of(parts[0].device), kinds(*parts, *totals))
+        launch(reduce_kernel, parts, totals)
     return outputs
-
-
-def tile_of_fused(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    p: torch.Tensor,
-    q: torch.Tensor,
-    path: str | None,
-) -> Tile | None:
-    """The tile to compute y and h with in one launch; None where two kernels and a GEMM cost less.
-
-    The rule is `configs.fused_tile`. A weight must have adjacent rows or adjacent columns.
-    """
-    always = path == "fused"
-    if weight is None or path in ("prepare", "add") or (1 not in weight.stride() and not always):
-        return None
-    gpu, matrix = architecture_of(x.device), weight if weight.stride(1) == 1 else weight.t()
-    tiles = gpu.svd_tiles(p.shape[0], aligned(x, matrix, p, q)).fused
-    size = (*x.shape, weight.shape[0], p.shape[0], x.dtype.itemsize)
-    return fused_tile(gpu, tiles, *size, dot_precision(x.dtype) != "tf32", always)
-
-
-def fused_(
-    y: torch.Tensor,
-    h: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    p: torch.Tensor,
-    lam: torch.Tensor,
-    q: torch.Tensor,
-    scaling: float,
-    dropout: float,
-    seed: torch.Tensor | None,
-    tile: Tile,
-) -> None:
-    """Writes y ``[T, d_out]`` and h ``[T, r]``, or columns of a wider h. One launch."""
-    (T, d_in), (d_out, r) = x.shape, (weight.shape[0], p.shape[0])
-    columns = tile.columns_of(x.dtype)
-    threshold, scale = thresholds(dropout, seed)
-    with on_device_of(x):
-        fused_kernel[(triton.cdiv(T, tile.rows) * triton.cdiv(d_out, columns),)](
-            x, weight, bias, p, lam, q, y, h, seed, scaling, scale, T, r, d_in, d_out, threshold,
-            x.stride(0), weight.stride(0), weight.stride(1), p.stride(0), q.stride(0), h.stride(0),
-            BT=tile.rows, BN=columns, BK=tile.depth_of(x.dtype), R=padded(r),
-            PRECISION=dot_precision(x.dtype), **tile.options,
-        )  # fmt: skip
