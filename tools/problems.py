@@ -51,7 +51,10 @@ class Problem:
 def problems(name: str, device: torch.device, sizes: Sizes) -> Iterator[Problem]:
     """What the tile `name` is measured on; `svd.16.shrink` and so on, as in `tiles.tiles_of`."""
     kind, group, kernel, *number = name.split(".")
-    for dtype in (torch.bfloat16, torch.float32):
+    # Gradients of dy have tiles of their own for elements of 16 and of 32 bits.
+    only = {"dy": torch.bfloat16, "dy32": torch.float32}.get(kernel)
+    kernel = kernel.removesuffix("32")
+    for dtype in (only,) if only else (torch.bfloat16, torch.float32):
         if kind == "penalty":
             yield penalty_problem(kernel, sizes.layers, int(group), sizes.small[1], dtype, device)
         elif kernel == "fused":
@@ -61,7 +64,7 @@ def problems(name: str, device: torch.device, sizes: Sizes) -> Iterator[Problem]
             yield svd_problem(kernel, T, d, int(group), dtype, device, int(number[0]))
         else:
             yield svd_problem(kernel, *sizes.small, int(group), dtype, device)
-    if kind == "svd" and kernel != "fused":
+    if kind == "svd" and kernel != "fused" and only != torch.float32:
         yield svd_problem(kernel, *sizes.large, int(group), torch.bfloat16, device)
 
 

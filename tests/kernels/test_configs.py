@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hal_kernels.kernels import configs
+from hal_kernels.kernels import configs, plan
 from hal_kernels.kernels.configs import (
     ARCHITECTURES,
     DEFAULT,
@@ -17,7 +17,7 @@ from hal_kernels.kernels.configs import (
     architecture_of,
     chunk_of,
 )
-from hal_kernels.kernels.launch import aligned, dot_precision, padded
+from hal_kernels.kernels.launch import dot_precision, padded
 
 
 def test_names_are_the_keys():
@@ -108,6 +108,10 @@ def test_rows_are_shared_out_once(row_blocks, tiles, partial):
             assert (splits - 1) * each < row_blocks <= splits * each
             assert splits <= bound
         assert splits <= least or splits * partial <= gpu.partial_bytes
+
+
+def aligned(*tensors):
+    return plan.aligned(*(plan.Kind(*kind) for kind in plan.kinds(*tensors)))
 
 
 def test_alignment():

@@ -154,9 +154,8 @@ def test_rates():
 
 
 def test_only():
-    assert list(tune.selected(SM_90, ["svd.16"])) == [
-        f"svd.16.{n}" for n in ("shrink", "expand", "dy", "x", "fused.0", "fused.1", "fused.2")
-    ]
+    names = ("shrink", "expand", "dy", "dy32", "x", "fused.0", "fused.1", "fused.2")
+    assert list(tune.selected(SM_90, ["svd.16"])) == [f"svd.16.{n}" for n in names]
     assert list(tune.selected(SM_90, ["penalty.16.residual"])) == ["penalty.16.residual"]
     assert tune.selected(SM_90, []) == tiles_of(SM_90)
     with pytest.raises(ValueError, match=r"no tile is named 'svd.1', expected one of \['svd.16.s"):

@@ -45,7 +45,7 @@ CASES = {
     },
     "importance_scores": {
         "importance": packed(), "uncertainty": packed(), "positions_p": torch.arange(R),
-        "positions_q": torch.arange(R), "count_p": 1, "mask": mask,
+        "positions_q": torch.arange(R), "count_p": 1,
     },
     "prune_smallest": {"scores": torch.rand(4), "count": 2},
 }  # fmt: skip

@@ -384,7 +384,9 @@ def test_random_layers(data):
             continue
         assert off_orthonormal(new.p) <= 1e-9 and off_orthonormal(new.q) <= 1e-9
         assert (update(new) - update(ref)).abs().max() <= 1e-9
-        assert torch.linalg.matrix_norm(update(new) - dw, 2) <= eta * (1 + 1e-9)
+        # As long again where directions are pruned: what the best matrix of their rank leaves out.
+        longest = eta if mask is None or (case.own_mask(i) > 0).all() else 2 * eta
+        assert torch.linalg.matrix_norm(update(new) - dw, 2) <= longest * (1 + 1e-9)
 
 
 def change(name, to):

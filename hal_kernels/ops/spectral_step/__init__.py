@@ -11,8 +11,9 @@ gradient G:
     5.  m_K ← (P⁺Pᵀ) m_K,  m_L ← (Q⁺Qᵀ) m_L      momentum in the new frames
 
 Step 4 is an SVD of 2r × 2r numbers. Its 2r singular values are the candidates: the r largest stay,
-of a pruned layer as many as are kept. η is a spectral norm: no step is longer. The gradients' scale
-does not matter.
+of a pruned layer as many as are kept. η is a spectral norm: no step is longer, or twice as long if
+directions are pruned (what is left out of step 4's matrix is no larger than the step to it). The
+gradients' scale does not matter.
 
 One gain for all layers' η can be learned along the way. ⟨∂L/∂ΔW, last step⟩ is the loss's
 derivative by the last step's length, so where gradients agree with their momenta steps were too
