@@ -96,7 +96,7 @@ def test_every_tile_has_problems_that_its_kernel_solves():
         if name.startswith(("svd.128", "penalty.64", "penalty.128")):
             continue  # as another of its kind
         cases = list(problems.problems(name, torch.device(DEVICE), SMALL))
-        assert len(cases) >= 2
+        assert cases
         cost, wrong = problems.seconds_per(
             DEFAULT, name, tile, cases, lambda run: timed.append(run) or 2.0
         )
