@@ -37,7 +37,7 @@ from .._library import gradient, register
 from ..dropout import draw_seed
 from ..orthogonality_penalty import orthogonality_penalty
 from . import default
-from .checks import check_base, check_factors, check_layer, check_options, refuse
+from .checks import cast, casts, check_base, check_factors, check_layer, check_options, refuse
 from .default import Factors, flat, ranks_of
 from .reference import (
     svd_adapter_add_reference,
@@ -213,8 +213,8 @@ def layer_output(
             base = base.view_as(base)
         fits = x.shape[:-1] == base.shape[:-1] and base.shape[-1:] == q.shape[1:]
     else:
-        if torch._C._is_any_autocast_enabled() and _casts(x):
-            x, (weight,), (base,) = _cast(x, [weight], [base])
+        if torch._C._is_any_autocast_enabled() and casts(x):
+            x, (weight,), (base,) = cast(x, [weight], [base])
         like, fits = weight, True
     if not fits or x.shape[-1:] != p.shape[1:] or x.dtype != like.dtype or x.device != like.device:
         refuse(x, weight, base, p, lam, q)
@@ -245,8 +245,8 @@ def group_outputs(
     tangent: float = 0.0,
 ) -> Sequence[torch.Tensor]:
     """`svd_linear_group` of layers' own tensors: only x is looked at."""
-    if _casts(x):
-        x, weight, bias = _cast(x, weight, bias)
+    if casts(x):
+        x, weight, bias = cast(x, weight, bias)
     first = weight[0]
     if x.shape[-1:] != first.shape[1:] or x.dtype != first.dtype or x.device != first.device:
         refuse(x, first, bias[0], p[0], lam[0], q[0])
@@ -255,22 +255,6 @@ def group_outputs(
         y: Sequence[torch.Tensor] = apply(scaling, tangent, x, *weight, *bias, *p, *lam, *q)
         return y
     return _svd_linear_group(x, weight, bias, p, lam, q, scaling, 0.0, None)[0]
-
-
-def _casts(x: torch.Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-
-
-def _cast(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
-    """x, weights and biases in autocast's dtype."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return (
-        x.to(dtype),
-        [w.to(dtype) for w in weights],
-        [None if b is None else b.to(dtype) for b in biases],
-    )
 
 
 def _gives_grams(x: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> bool:

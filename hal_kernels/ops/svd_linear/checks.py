@@ -1,4 +1,6 @@
-"""What the public functions look at: each argument once."""
+"""What the public functions look at: each argument once; and what autocast makes of x."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -122,3 +124,20 @@ def refuse(
         check_base(base, x)
         check_factors(x, p, lam, q, d_in=x.shape[-1], d_out=base.shape[-1])
     raise ValueError(f"x {tuple(x.shape)} does not fit its layer")
+
+
+def casts(x: torch.Tensor) -> bool:
+    """Whether autocast changes x's dtype."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def cast(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
+    """x, weights and biases in autocast's dtype."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return (
+        x.to(dtype),
+        [w.to(dtype) for w in weights],
+        [None if b is None else b.to(dtype) for b in biases],
+    )
