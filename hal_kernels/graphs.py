@@ -77,6 +77,7 @@ class Graphed:
                 parameter.grad = parameter.grad.clone()
         self._adapter.notices.penalized = True  # with the loss
         loss: torch.Tensor = self._run(*(batch[name] for name in self._sample))
+        self._adapter.replayed()
         return loss
 
     def _state(self) -> list[Any]:

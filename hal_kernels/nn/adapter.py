@@ -301,6 +301,13 @@ class HyperAdapter(State):
             layout.max_rank,
         )
 
+    def replayed(self) -> None:
+        """A CUDA graph has run a pass of the model: there is something to step.
+
+        Only without a hypernetwork, whose pass generates new values.
+        """
+        self._recent = self.packed()
+
     def _generate_with_graph(self, *, once: bool = True) -> Generation:
         """One generation inside autograd.
 
@@ -401,14 +408,13 @@ class HyperAdapter(State):
         recent, taken = self._recent, self.taken
         moved = self._has_gradient() and self.watched().lam.grad is not None
         moved = taken is not None or moved
-        # Else there was nothing to step. (A CUDA graph's replay generates nothing, here.)
-        if moved and (self.direct or recent is not None):
+        if moved and recent is not None:  # else there was nothing to step
             self.steps += 1
             self._run_begins = False
             if self.steps == 1:
                 announce(self)
             self.notices.step_taken(self.gamma)
-            if not self.direct and recent is not None:
+            if not self.direct:
                 torch._foreach_copy_(self.packed().tensors(), recent.tensors())
             allocate(self)
             if taken is not None:
