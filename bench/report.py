@@ -47,6 +47,19 @@ def launches(model: str) -> str:
     return markdown([title, *methods], [*body, total]) + source(row)
 
 
+def host() -> str:
+    """Host time of a step and of a layer with faked launches (bench.host)."""
+    row = newest("host")
+    body = []
+    for name, own in row["a step"].items():
+        layer = row["a layer"].get(name)
+        line = [name, f"{own['median_ms']:.1f}", f"{own['launches']:.0f}", f"{own['ratio']:.2f}"]
+        line += [f"{1e3 * layer['median_ms']:.0f}", f"{layer['ratio']:.2f}"] if layer else ["", ""]
+        body.append(line)
+    head = ["method", "a step: ms", "launches", "÷ AdaLoRA", "a layer: µs", "÷ AdaLoRA"]
+    return markdown(head, body) + source(row)
+
+
 def step(batch: int) -> str:
     """Step time, its ratios, and peak memory of each method."""
     row = newest("step", batch=batch)
@@ -256,6 +269,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "spectral-gsm8k": lambda: spectral_trials("gsm8k"),
     "spectral-alpaca": lambda: spectral_trials("alpaca"),
     "spectral-sst2": lambda: spectral_trials("sst2"),
+    "host": host,
     "communication": communication.table,
 }
 
