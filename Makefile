@@ -94,7 +94,7 @@ gpu-check: install ## compile the kernels for GPUs that need not be there; try b
 	$(PY) -m tools.report --quick --arch sm_80 sm_90 sm_100 gfx942
 	PYTHON="$(CURDIR)/$(PY)" bench/gpu.sh build/gpu --dry-run
 
-# torch 2.11 brings this version, and GPUs that are lent may have that torch.
+# The Triton that torch 2.11 brings.
 $(OLDER_TRITON): $(MADE)-project
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $@ triton==3.6.0
 	@touch $@
