@@ -8,6 +8,8 @@ from torch import nn
 
 from .patched import enabled_adapter
 
+DEVICE = "cuda"
+
 
 def _loss_of(output: Any) -> torch.Tensor:
     loss: torch.Tensor = output["loss"] if isinstance(output, Mapping) else output.loss
@@ -35,10 +37,16 @@ class Graphed:
         if not self._adapter.direct:
             raise ValueError(
                 f"graphed: the adapter has hypernet={self._adapter.config.hypernet!r}, whose "
-                'factors are generated anew in every pass; expected hypernet="direct"'
+                "factors are generated anew in every pass; expected a model that is patched "
+                'without one (the default, or hypernet="direct")'
             )
         if not model.training:
             raise ValueError("graphed: model is in evaluation mode, expected model.train()")
+        held: dict[str, Any] = {"the adapter": self._adapter.mask, **sample}
+        for name, tensor in held.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type != DEVICE:
+                where = getattr(tensor, "device", type(tensor).__name__)
+                raise ValueError(f"graphed: {name} is on {where}, expected a tensor on {DEVICE}")
         self._sample = {name: tensor.clone() for name, tensor in sample.items()}
         self._run: Any = torch.cuda.make_graphed_callables(
             _Loss(model, list(sample), loss).train(),
@@ -104,12 +112,12 @@ def graphed(
         optimizer.step(); optimizer.zero_grad()         # as ever
 
     A replay runs no Python of the model. It computes what the model did when it was captured, with
-    factors, masks and weights as they are now. Optimizer and rank allocation stay
-    outside. Gradients may be accumulated; each loss needs its backward before the next is computed.
-    Evaluate with the model itself.
+    factors, masks and weights as they are now. Optimizer and rank allocation stay outside.
+    Gradients may be accumulated; each loss needs its backward before the next is computed. Evaluate
+    with the model itself.
 
     Args:
-        model: patched, with hypernet="direct" (the default's), on one CUDA device, in training
+        model: patched without a hypernetwork, as it is by default, on one CUDA device, in training
             mode. Neither it nor what wraps it may wait for the device in a forward pass.
         sample: a batch: the model's keyword arguments, all tensors. Others must have their shapes.
         loss: of the model's output: a scalar. Its attribute or key "loss" by default.
@@ -119,6 +127,7 @@ def graphed(
         shapes, and a model that has changed in what a graph can't follow (`Graphed.__call__`).
 
     Raises:
-        TypeError, ValueError: what `factors` raises of `model`; a hypernetwork, or evaluation mode.
+        TypeError, ValueError: what `factors` raises of `model`; a hypernetwork, evaluation mode, or
+            anything that is on no CUDA device.
     """
     return Graphed(model, sample, loss)

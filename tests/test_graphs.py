@@ -49,6 +49,7 @@ def fake_make_graphed_callables(step, sample, allow_unused_input):
 def graphs(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "make_graphed_callables", fake_make_graphed_callables)
+        monkeypatch.setattr(hal_kernels.graphs, "DEVICE", DEVICE)
 
 
 def made(**options):
@@ -146,8 +147,16 @@ def test_what_cannot_be_captured_is_refused():
         hal_kernels.graphed(net(), batch)
     with pytest.raises(ValueError, match="evaluation mode"):
         hal_kernels.graphed(made().eval(), batch)
-    with pytest.raises(ValueError, match='expected hypernet="direct"'):
+    with pytest.raises(ValueError, match=r"hypernet='bert', .*expected .* without one"):
         hal_kernels.graphed(made(hypernet="bert"), batch)
+    with pytest.raises(ValueError, match=f"x is on int, expected a tensor on {DEVICE}"):
+        hal_kernels.graphed(made(), batch | {"x": 3})
+
+
+def test_only_a_gpu_has_graphs(monkeypatch):
+    monkeypatch.setattr(hal_kernels.graphs, "DEVICE", "elsewhere")
+    with pytest.raises(ValueError, match=f"the adapter is on {DEVICE}.*on elsewhere"):
+        hal_kernels.graphed(made(), next(batches(1)))
 
 
 def test_other_batches_are_refused():
