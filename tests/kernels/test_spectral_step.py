@@ -61,6 +61,13 @@ def test_matches_the_reference():
     assert (case.lam[case.mask <= 0] == 0).all()
 
 
+@pytest.mark.parametrize("rank", kernels.RANKS[1:])
+def test_ranks_that_are_padded(rank, monkeypatch):
+    """Blocks of 16 and 32, whose products are summed in another way than those of 8."""
+    monkeypatch.setattr(kernels, "RANKS", (rank,))
+    check(make([(6, 5, 2)]), 4e-6)
+
+
 @pytest.mark.slow
 def test_the_highest_rank():
     """A rank between two powers of two, padded to the largest that registers hold."""
