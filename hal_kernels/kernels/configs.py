@@ -105,14 +105,10 @@ class Architecture:
     def column_parts_of(self, row_blocks: int, d: int, columns: int) -> int:
         """Parts of d columns, in tiles of `columns`: blocks × parts are about two a multiprocessor.
 
-        A power of two, since kernels are compiled for each number of parts.
+        A power of two, the nearest by ratio, since kernels are compiled for each number of parts.
         """
-        tiles = -(-d // columns)
-        parts = 1
-        while (
-            parts < min(self.column_parts, tiles)
-            and 2 * self.multiprocessors**2 > (parts * row_blocks) ** 2
-        ):
+        most, parts = min(self.column_parts, -(-d // columns)), 1
+        while parts < most and parts * row_blocks < 2**0.5 * self.multiprocessors:
             parts *= 2
         return parts
 
@@ -294,7 +290,6 @@ def apart_us(
     return base + adapter + 2 * gpu.launch_us
 
 
-@functools.lru_cache(maxsize=4096)
 def fused_tile(
     gpu: Architecture,
     tiles: tuple[Tile, ...],

@@ -251,8 +251,9 @@ def _fused_tile(
     if weight.stride[1] != 1:
         matrix = weight._replace(shape=weight.shape[::-1], stride=weight.stride[::-1])
     tiles = gpu.svd_tiles(p.shape[0], aligned(x, matrix, p, q)).fused
-    size = (*x.shape, weight.shape[0], p.shape[0], x.dtype.itemsize)
-    return fused_tile(gpu, tiles, *size, precision != "tf32", always)
+    (T, d_in), d_out, r = x.shape, weight.shape[0], p.shape[0]
+    full = precision != "tf32"
+    return fused_tile(gpu, tiles, T, d_in, d_out, r, x.dtype.itemsize, full, always)
 
 
 @kept
