@@ -27,7 +27,7 @@ def expect_supported(model: nn.Module, adapter: HyperAdapter) -> None:
 
 
 def _expect_one_device(model: nn.Module, adapter: HyperAdapter) -> None:
-    # parameters() and buffers() would take most of a millisecond, in every step.
+    # parameters() and buffers() are slow, and this is done in every step.
     held = [t for m in adapter.modules() for t in (*m._parameters.values(), *m._buffers.values())]
     own = {t.device for t in held if t is not None}
     slots = ((m, m.__dict__.get("_hal")) for m in model.modules())

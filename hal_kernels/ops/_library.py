@@ -115,19 +115,17 @@ def _registered(
 def gradient(backward: Callable[..., Any]) -> Callable[..., Any]:
     """`backward` of an `autograd.Function`: for once, and in its inputs' own dtypes.
 
-    Both take time, so they are seen to where gradients of gradients or autocast are on. A gradient
-    of dx refuses even if dy needs none: dx depends on the factors, too.
+    A gradient of dx refuses even if dy needs none: dx depends on the factors, too.
     """
-    careful, once = without_autocast(backward), once_differentiable(without_autocast(backward))
+    careful = without_autocast(backward)
+    once = once_differentiable(careful)
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         if torch.is_grad_enabled():
-            # torch refuses only if one of them needs a gradient
+            # torch refuses only if one of them needs a gradient.
             return once(ctx, *(g if g is None else g.detach().requires_grad_() for g in gradients))
-        if torch._C._is_any_autocast_enabled():
-            return careful(ctx, *gradients)
-        return backward(ctx, *gradients)
+        return careful(ctx, *gradients)
 
     return run
 
