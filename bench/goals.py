@@ -15,6 +15,7 @@ failure. --quick does the same in small, on a CPU with TRITON_INTERPRET=1.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 import traceback
@@ -99,13 +100,13 @@ class Run:
         self.begin = time.perf_counter()
         self.seconds, self.failed, self.goals = seconds, False, [("goal", "measured", "reached")]
 
-    def attempt(self, section: str, name: str, measure: Callable[[], dict[str, Any]]) -> Any:
+    def attempt(self, section: str, name: str, measure: Callable[[], dict[str, Any] | None]) -> Any:
         """What `measure` returns, as a row; {} if it failed, or if the time is over."""
         spent = time.perf_counter() - self.begin
         row: dict[str, Any] = {"skipped": f"{self.seconds:g} s are over"}
         if spent < self.seconds:
             try:
-                row = measure()
+                row = measure() or {}
             except (Exception, SystemExit) as error:  # the compiler's own too, of many types
                 traceback.print_exc()
                 row, self.failed = {"failed": f"{type(error).__name__}: {error}"[:1000]}, True
@@ -336,7 +337,7 @@ def main() -> int:
     run = Run(sizes, None if arguments.no_save else arguments.out, arguments.seconds)
     print({n: {d: b.name for d, b in found.items()} for n, found in hal_kernels.backends().items()})
     for section in SECTIONS:
-        run.attempt(section.__name__, "whole", lambda: section(run) or {})  # type: ignore[func-returns-value]  # noqa: B023
+        run.attempt(section.__name__, "whole", functools.partial(section, run))
     width = max(len(name) for name, *_ in run.goals)
     for name, measured, reached in run.goals:
         print(f"{name:{width}}  {measured:>8}  {reached}")
