@@ -144,9 +144,8 @@ TRACELESS = [
     ("hypernet", "after", "what"),
     [
         *((hypernet, *how) for hypernet in (None, "direct", "bert") for how in TRACELESS),
-        *(
-            (hypernet, "step", hal_kernels.step) for hypernet in ("direct", "bert")
-        ),  # noticed before
+        # A step that was noticed before it was told of counts once.
+        *((hypernet, "step", hal_kernels.step) for hypernet in ("direct", "bert")),
     ],
 )
 def test_what_leaves_no_trace(hypernet, after, what):

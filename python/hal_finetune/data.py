@@ -103,7 +103,7 @@ def templated(task: Task, tokenizer: Any, template: str) -> Task:
     doesn't say how the model was not trained.
 
     Raises:
-        OptionsError: the tokenizer has no chat template, or it can't have a row.
+        OptionsError: the tokenizer has no chat template, or it does not take a row.
     """
     if task.form == CLASSIFICATION:
         return task

@@ -191,7 +191,7 @@ def templated(tokenizer: Any, example: Prompted, template: str) -> Prompted:
             user's words and a new line.
 
     Raises:
-        ValueError: the template can't have this chat.
+        ValueError: the template does not take this chat.
     """
     turns = len(example.messages)
     if turns == 0 or (template == "alpaca" and turns == 2):
@@ -214,7 +214,7 @@ def chat_tokens(tokenizer: Any, example: Prompted) -> tuple[list[int], list[int]
     but for white space at the end.
 
     Raises:
-        ValueError: the template can't have this chat, or doesn't show what the assistant writes.
+        ValueError: the template does not take this chat, or show what the assistant writes.
     """
     if _GENERATION.search(tokenizer.get_chat_template()):
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
@@ -251,7 +251,7 @@ def _render(
 
 def _refusal(example: Prompted, words: str) -> ValueError:
     return ValueError(
-        f"{example.source}: the tokenizer's chat template can't have this conversation ({words}): "
+        f"{example.source}: the tokenizer's chat template does not take this chat ({words}): "
         "change the row, or take another --template"
     )
 

@@ -78,7 +78,7 @@ SILENT = "it is{% if false %}{% generation %}{% endgeneration %}{% endif %}"
 )
 def test_templates_that_do_not_fit(template, message, tmp_path):
     tokenizer, task = tokenizer_of(template), loaded(tmp_path, {"messages": MESSAGES})
-    with pytest.raises(OptionsError, match=rf"rows\.jsonl:1: .*can't have this.*{message}"):
+    with pytest.raises(OptionsError, match=rf"rows\.jsonl:1: .*does not take this.*{message}"):
         data.encode(tokenizer, data.templated(task, tokenizer, "chat").train, max_length=99)
 
 
